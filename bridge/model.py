@@ -1,0 +1,204 @@
+"""The nouns of the bridge: what crosses the waist between sources, ledger and followers.
+
+Floor 0: imports nothing of the bridge and does nothing. Values are frozen; the ones made per data
+point are msgspec Structs because a frozen dataclass costs eight times as much to make.
+"""
+
+from collections.abc import Mapping
+from enum import IntEnum, StrEnum
+from typing import NamedTuple
+
+from msgspec import Struct
+
+
+class Typed(NamedTuple):
+    """An attribute value that is not a string: its OTLP type and its text as a Prometheus label value."""
+
+    type: str
+    text: str
+
+
+AttributeValue = str | Typed
+Attributes = tuple[tuple[str, AttributeValue], ...]
+"""Sorted by key, each key once (the last of repeated ones)."""
+
+
+def attribute_text(value: AttributeValue) -> str:
+    """The value as a label value: strings as they are, other types as JSON would write them."""
+    return value if isinstance(value, str) else value.text
+
+
+class Kind(StrEnum):
+    """What an OTLP metric holds; sums are split by monotonicity since that decides what Prometheus sees."""
+
+    COUNTER = "counter"
+    UPDOWN = "updown"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+    EXPONENTIAL = "exponential_histogram"
+    SUMMARY = "summary"
+
+
+class Temporality(IntEnum):
+    """AggregationTemporality of opentelemetry/proto/metrics/v1, same numbers."""
+
+    UNSPECIFIED = 0
+    DELTA = 1
+    CUMULATIVE = 2
+
+
+class Drop(StrEnum):
+    """Why a data point was refused: the metric label, the log field and the README row are this word."""
+
+    NEGATIVE = "negative"
+    NOT_FINITE = "not_finite"
+    NO_VALUE = "no_value"
+    NO_TEMPORALITY = "no_temporality"
+    IMPLAUSIBLE = "implausible"
+    MALFORMED = "malformed"
+    TOO_OLD = "too_old"
+    OVERFLOW = "overflow"
+
+
+DROP_TEXT: dict[Drop, str] = {
+    Drop.NEGATIVE: "a monotonic sum, count or bucket below zero",
+    Drop.NOT_FINITE: "NaN or infinite where a counter needs a number",
+    Drop.NO_VALUE: "no value, or two values at once",
+    Drop.NO_TEMPORALITY: "aggregation temporality is neither delta nor cumulative",
+    Drop.IMPLAUSIBLE: "larger than one export of this tool can be",
+    Drop.MALFORMED: "parts of the point contradict each other",
+    Drop.OVERFLOW: "more metric names than limits.metrics allows",
+    Drop.TOO_OLD: "ends before identities that were already forgotten; it may have been counted",
+}
+"""One sentence for each reason, for partialSuccess and the README."""
+
+
+class Resource(Struct, frozen=True):
+    """Who sent: the resource attributes, content-like keys removed."""
+
+    attributes: Attributes = ()
+
+    def get(self, key: str) -> str:
+        """The text of one attribute, empty if it is not there."""
+        return next((attribute_text(value) for name, value in self.attributes if name == key), "")
+
+
+class Scope(Struct, frozen=True):
+    """The instrumentation scope of a metric."""
+
+    name: str = ""
+    version: str = ""
+
+
+class Metric(Struct, frozen=True):
+    """All that the points of one metric of one request share. One object is shared by its points."""
+
+    name: str
+    kind: Kind
+    temporality: Temporality = Temporality.UNSPECIFIED
+    unit: str = ""
+    description: str = ""
+    scope: Scope = Scope()
+    resource: Resource = Resource()
+
+
+class Histogram(Struct, frozen=True, tag=True, array_like=True):
+    """An explicit-bucket histogram: counts has one more entry than bounds; sum is None when not sent."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    count: int
+    sum: float | None
+
+
+class ExponentialHistogram(Struct, frozen=True, tag=True, array_like=True):
+    """An exponential histogram: bucket i of offset o covers (base**(o+i), base**(o+i+1)], base = 2**(2**-scale)."""
+
+    scale: int
+    zero_count: int
+    zero_threshold: float
+    positive_offset: int
+    positive: tuple[int, ...]
+    negative_offset: int
+    negative: tuple[int, ...]
+    count: int
+    sum: float | None
+
+
+class Summary(Struct, frozen=True, tag=True, array_like=True):
+    """A summary: quantiles as sent, sorted."""
+
+    count: int
+    sum: float
+    quantiles: tuple[tuple[float, float], ...]
+
+
+Value = int | float | Histogram | ExponentialHistogram | Summary
+
+
+class Exemplar(Struct, frozen=True):
+    """One exemplar of a point: its value, time in Unix nanoseconds, and trace and span ids in hex."""
+
+    value: float
+    time: int
+    trace_id: str
+    span_id: str
+
+
+class DataPoint(Struct, frozen=True):
+    """One OTLP data point. Times are Unix nanoseconds, 0 where the sender gave none.
+
+    The value None is OTLP's "no recorded value": the series has ended for now.
+    """
+
+    metric: Metric
+    attributes: Attributes
+    start: int
+    time: int
+    value: Value | None
+    exemplar: Exemplar | None = None
+
+
+class Refusal(NamedTuple):
+    """One data point that was refused, and why."""
+
+    reason: Drop
+    metric: str
+
+
+class Batch(NamedTuple):
+    """What one request body holds: the points, and the ones refused for what they are."""
+
+    points: list[DataPoint]
+    refused: list[Refusal]
+
+
+class Receipt(NamedTuple):
+    """What became of one posted batch, known once it is on disk."""
+
+    accepted: int
+    duplicate: int
+    refused: tuple[Refusal, ...]
+
+
+class Observation(NamedTuple):
+    """What the telemetry learns of a commit: its duration, and how many streams met which limit."""
+
+    seconds: float
+    limited: Mapping[str, int]
+
+
+class ProfileSample(NamedTuple):
+    """One sample of the XRG profile: its labels, and the key of the lifetime total that it shows."""
+
+    labels: str
+    total: str
+
+
+class ProfileFamily(NamedTuple):
+    """One family of the XRG profile; `scale` is that of its totals."""
+
+    name: str
+    help: str
+    scale: int
+    samples: tuple[ProfileSample, ...]
