@@ -1,0 +1,544 @@
+"""The writer thread's side of the ledger: decides what each point adds, and writes it.
+
+Law: a group of requests is one transaction. The caches here follow the transaction that is being made, not the
+last commit, so they are thrown away when one fails; the database says what is true. Nothing here knows the event
+loop, and nothing of the loop knows what stands here but the receipts and the change that a commit returns.
+"""
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import msgspec
+
+from bridge.model import (
+    Attributes,
+    Batch,
+    DataPoint,
+    Drop,
+    Exemplar,
+    Kind,
+    Metric,
+    Receipt,
+    Refusal,
+    Temporality,
+    Typed,
+    Value,
+    attribute_text,
+)
+from bridge.otlp import REDACTED
+from bridge.store import (
+    MetricRow,
+    SeriesRow,
+    Snapshot,
+    StateError,
+    Store,
+    StoreUnavailable,
+    StreamRow,
+    TargetRow,
+    WriterRow,
+)
+from bridge.temporality import IDENTITY_BYTES, Run, advance, begins_run, delta_identity, refusal
+from bridge.tools import claude_code
+from bridge.values import add
+
+MAX_CACHED = 20_000
+"""Streams, series, writers or runs that the writer keeps in memory; beyond it they are read from disk again."""
+MAX_INTEGER = 2**63 - 1
+MAX_TARGETS = 1_000
+MAX_UNIT = 64
+MAX_DESCRIPTION = 1_000
+CUMULATIVE_FACTOR = 1_000
+"""A cumulative value holds a whole process, so it may be this much larger than one delta."""
+OVERFLOW = (("otel.metric.overflow", "true"),)
+"""The labels of the series that takes what is above a limit."""
+_IDENTIFYING = frozenset({"service.namespace", "service.name", "service.instance.id"})
+
+
+class LedgerSettings(msgspec.Struct, frozen=True):
+    """What the ledger needs to know. Durations in milliseconds, lengths in characters."""
+
+    retention_ms: int = 7 * 86_400_000
+    expiry_ms: int = 86_400_000
+    max_series: int = 10_000
+    max_series_per_metric: int = 5_000
+    max_metrics: int = 1_000
+    max_attributes: int = 40
+    max_label_length: int = 512
+    promoted: frozenset[str] = frozenset({"service.version"})
+    dropped: frozenset[str] = frozenset()
+    hashed: frozenset[str] = frozenset()
+    scope_labels: bool = False
+
+
+class Post(NamedTuple):
+    """One request to post: its points, and the body that they came in."""
+
+    batch: Batch
+    body: bytes
+
+
+class Change(NamedTuple):
+    """What a commit changed, for the projection; `limited` counts the streams that met a limit, by its setting."""
+
+    commits: int
+    series: list[SeriesRow]
+    metrics: list[MetricRow]
+    totals: dict[str, int]
+    targets: list[TargetRow]
+    exemplars: dict[int, Exemplar]
+    limited: Counter[str]
+
+
+class _Origin(msgspec.Struct, frozen=True):
+    """What the points of one Metric share, worked out once.
+
+    `scale` is 0 where sums stay as sent. `identity` is the beginning of the streams' keys, `labelled` names the
+    resource's part of the labels: a stream whose sender was upgraded feeds another series from then on.
+    """
+
+    row: MetricRow
+    identity: Any
+    labelled: bytes
+    job: str
+    instance: str
+    added: tuple[tuple[str, str], ...]
+    scale: int
+    limit: float
+
+
+class _Stream(msgspec.Struct):
+    row: StreamRow
+    total: str | None
+
+
+class _Books(msgspec.Struct):
+    """What one transaction changed so far. `members` are the delta identities by (writer, end time)."""
+
+    series: dict[int, SeriesRow] = {}
+    runs: dict[tuple[int, int, int], Run] = {}
+    members: dict[tuple[int, int], bytearray] = {}
+    writers: dict[int, WriterRow] = {}
+    requests: set[bytes] = set()
+    totals: dict[str, int] = {}
+    targets: dict[tuple[str, str], TargetRow] = {}
+    metrics: list[MetricRow] = []
+    exemplars: dict[int, Exemplar] = {}
+    limited: Counter[str] = msgspec.field(default_factory=Counter)
+    new_series: Counter[int] = msgspec.field(default_factory=Counter)
+
+
+class Bookkeeper:
+    """Posts groups of requests. `live` tells how many series are shown, of a metric and in all."""
+
+    def __init__(
+        self,
+        store: Store,
+        settings: LedgerSettings,
+        clock_ms: Callable[[], int],
+        live: Callable[[int], tuple[int, int]],
+    ) -> None:
+        self._store = store
+        self._settings = settings
+        self._clock_ms = clock_ms
+        self._live = live
+        self.is_lost = False
+        self._must_reopen = False
+        self._commits = 0
+        self._now = 0
+        self._secret = b""
+        self._metrics = 0
+        self._books = _Books()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._origins: dict[Metric, _Origin] = {}
+        self._streams: dict[bytes, _Stream] = {}
+        self._series: dict[int, SeriesRow] = {}
+        self._writers: dict[int, WriterRow] = {}
+        self._runs: dict[tuple[int, int, int], Run] = {}
+        self._totals: dict[str, int] = {}
+        self._targets: dict[tuple[str, str], TargetRow] = {}
+
+    def open(self) -> Snapshot:
+        """Open the state. Raises StateError."""
+        self._store.open(self._clock_ms())
+        try:
+            return self._snapshot()
+        except StoreUnavailable as error:
+            raise StateError(f"cannot read {self._store.path}: {error}; check the disk", os.EX_IOERR) from error
+
+    def _snapshot(self) -> Snapshot:
+        snapshot = self._store.snapshot(self._clock_ms() - self._settings.expiry_ms)
+        self._clear()
+        self._commits = snapshot.commits
+        self._secret = snapshot.secret
+        self._metrics = len(snapshot.metrics)
+        self._totals = dict(snapshot.totals)
+        self._targets = {(row.job, row.instance): row for row in snapshot.targets}
+        return snapshot
+
+    def lose(self, error: StoreUnavailable) -> None:
+        """After a failed transaction: what stands here is worth nothing until `restore` has returned.
+
+        A full disk has rolled back and still reads, so the connection stays: a new one would need space.
+        """
+        self.is_lost = True
+        self._must_reopen |= not error.disk_full
+
+    def restore(self) -> Snapshot:
+        """Take the state from the disk again. Raises StoreUnavailable."""
+        if self._must_reopen:
+            self._store.reopen()
+        snapshot = self._snapshot()
+        self.is_lost = self._must_reopen = False
+        return snapshot
+
+    def do(self, work: Callable[[], Any]) -> Any:
+        """One transaction of somebody else's making; what it changes is read again."""
+        with self._store.transaction() as committed:
+            result = work()
+        self._commits += committed()
+        self._writers.clear()
+        return result
+
+    def post(self, group: list[Post]) -> tuple[list[Receipt], Change | None]:
+        """Post a group of requests in one transaction: a receipt for each, and what the projection must learn."""
+        self._now = self._clock_ms()
+        if max(len(self._streams), len(self._series), len(self._runs), len(self._origins)) > MAX_CACHED:
+            totals, targets = self._totals, self._targets
+            self._clear()
+            self._totals, self._targets = totals, targets
+        books = self._books = _Books()
+        with self._store.transaction() as committed:
+            receipts = [self._post(request) for request in group]
+            self._write(books)
+        if not committed():
+            return receipts, None
+        self._commits += 1
+        change = Change(
+            self._commits, list(books.series.values()), books.metrics, books.totals, list(books.targets.values()),
+            books.exemplars, books.limited,
+        )  # fmt: skip
+        return receipts, change
+
+    def _write(self, books: _Books) -> None:
+        store = self._store
+        store.write_series(books.series.values())
+        store.write_runs(books.runs)
+        store.write_delta_members((*key, bytes(members)) for key, members in books.members.items())
+        store.write_writers((row.latest, self._now, row.id) for row in books.writers.values())
+        store.write_totals(books.totals.items())
+        store.write_requests(books.requests, self._now)
+        for target in books.targets.values():
+            store.write_target(target)
+
+    def _post(self, request: Post) -> Receipt:
+        points, refused = request.batch.points, list(request.batch.refused)
+        metric: Metric | None = None
+        origin: _Origin | Drop
+        posted: list[tuple[_Origin, _Stream, DataPoint]] = []
+        for point in points:
+            if point.metric is not metric:
+                metric = point.metric
+                origin = self._origin(metric)
+            if isinstance(origin, Drop):
+                refused.append(Refusal(origin, metric.name))
+            elif reason := _refusal(origin, point):
+                refused.append(Refusal(reason, metric.name))
+            else:
+                posted.append((origin, self._stream(origin, point), point))
+        if any(_needs_body_hash(stream, point) for _, stream, point in posted):
+            body_hash = blake2b(request.body, digest_size=16).digest()
+            if body_hash in self._books.requests or self._store.has_request(body_hash):
+                return Receipt(0, len(posted), tuple(refused))
+            self._books.requests.add(body_hash)
+        accepted = duplicate = 0
+        for origin, stream, point in posted:
+            outcome = self._post_point(origin, stream, point)
+            if isinstance(outcome, Drop):
+                refused.append(Refusal(outcome, point.metric.name))
+            elif outcome:
+                accepted += 1
+                if point.exemplar is not None:
+                    self._books.exemplars[stream.row.series] = point.exemplar
+            else:
+                duplicate += 1
+        return Receipt(accepted, duplicate, tuple(refused))
+
+    def _post_point(self, origin: _Origin, stream: _Stream, point: DataPoint) -> bool | Drop:
+        """Count one point: whether it was new, or why it is refused."""
+        metric, value = point.metric, point.value
+        if value is None or not _is_counting(metric):
+            return self._set(stream, point)
+        if origin.scale and isinstance(value, int | float):
+            value = round(value * origin.scale)
+        if metric.temporality is Temporality.CUMULATIVE:
+            return self._advance(stream, value, point)
+        if stream.row.writer and point.time:
+            known = self._is_known(stream.row, point)
+            if known is not False:
+                return known if isinstance(known, Drop) else False
+        self._add(stream, value, point.time)
+        return True
+
+    # --- what a point changes ---
+
+    def _set(self, stream: _Stream, point: DataPoint) -> bool:
+        """The later value wins. A counter that has ended keeps what it counted."""
+        row = self._series_row(stream.row.series)
+        if point.time < row.time or (point.value is None and _is_counting(point.metric)):
+            return False
+        is_news = point.time > row.time or point.value != row.value
+        self._books.series[row.id] = self._series[row.id] = row._replace(
+            value=point.value, time=point.time, seen=self._now
+        )
+        return is_news
+
+    def _add(self, stream: _Stream, amount: Value, time: int) -> None:
+        row = self._series_row(stream.row.series)
+        total = add(row.value or 0, amount)
+        if isinstance(total, int):
+            total = max(min(total, MAX_INTEGER), -MAX_INTEGER)
+        if row.expires and row.seen < self._now - self._settings.expiry_ms:
+            row = row._replace(base=row.value or 0, born=self._commits + 1, birth=self._now)
+        self._books.series[row.id] = self._series[row.id] = row._replace(
+            value=total, time=max(row.time, time), seen=self._now
+        )
+        if stream.total is not None and isinstance(amount, int) and amount:
+            self._totals[stream.total] = self._books.totals[stream.total] = self._totals.get(stream.total, 0) + amount
+
+    def _advance(self, stream: _Stream, value: Value, point: DataPoint) -> bool:
+        key, run = self._run_of(stream.row.id, value, point)
+        amount, after = advance(run, value, point.time)
+        if after == run:
+            return False
+        self._books.runs[key] = self._runs[key] = after
+        self._add(stream, amount, point.time)
+        return True
+
+    def _run_of(self, stream: int, value: Value, point: DataPoint) -> tuple[tuple[int, int, int], Run | None]:
+        """The key of the run that a cumulative point belongs to, and the run if there is one already."""
+        if point.start:
+            key = (stream, point.start, 0)
+            return key, self._runs.get(key) or self._store.run(stream, point.start)
+        # Without a start time the runs decide; the store has to know those of this transaction.
+        self._store.write_runs({key: run for key, run in self._books.runs.items() if key[0] == stream})
+        found = self._store.run_at(stream, point.time)
+        if found is None or (found[3] and begins_run(found[2], value, point.time)):
+            return (stream, point.time, 1), None
+        start, inferred, run, _ = found
+        return (stream, start, inferred), run
+
+    def _is_known(self, stream: StreamRow, point: DataPoint) -> bool | Drop:
+        """Whether a delta point was counted before; remembers it. TOO_OLD where that was forgotten."""
+        writer = self._writers.get(stream.writer) or self._store.writer_by_id(stream.writer)
+        if point.time <= writer.forgotten:
+            return Drop.TOO_OLD
+        cycle = (writer.id, point.time)
+        members = self._books.members.get(cycle)
+        if members is None:
+            # Beyond the writer's latest end nothing can be on disk.
+            stored = self._store.delta_members(*cycle) if point.time <= writer.latest else b""
+            members = bytearray(stored)
+        identity = delta_identity(stream.id, point)
+        if _holds(members, identity):
+            return True
+        members += identity
+        self._books.members[cycle] = members
+        self._books.writers[writer.id] = self._writers[writer.id] = writer._replace(
+            latest=max(writer.latest, point.time)
+        )
+        return False
+
+    # --- lookups ---
+
+    def _origin(self, metric: Metric) -> _Origin | Drop:
+        known = self._origins.get(metric)
+        if known is not None:
+            return known
+        origin = self._make_origin(metric)
+        if not isinstance(origin, Drop):
+            self._origins[metric] = origin
+        return origin
+
+    def _make_origin(self, metric: Metric) -> _Origin | Drop:
+        resource = metric.resource
+        namespace, name = resource.get("service.namespace"), resource.get("service.name")
+        instance = resource.get("service.instance.id")
+        job, shown_instance = self._cut(f"{namespace}/{name}" if namespace else name), self._cut(instance)
+        quantity = claude_code.QUANTITIES.get(metric.name) if metric.kind is Kind.COUNTER else None
+        unit = quantity.unit if quantity else metric.unit
+        scale = quantity.scale if quantity else 0
+        shown_name, unit = self._cut(metric.name), unit[:MAX_UNIT]
+        row = self._store.metric(shown_name, metric.kind.value, unit)
+        if row is None:
+            if self._metrics >= self._settings.max_metrics:
+                self._books.limited["limits.metrics"] += 1
+                return Drop.OVERFLOW
+            self._metrics += 1
+            description = metric.description[:MAX_DESCRIPTION]
+            row = self._store.add_metric(MetricRow(0, shown_name, metric.kind.value, unit, scale, description))
+        self._books.metrics.append(row)
+        promoted = self._settings.promoted
+        shown = self._shown(resource.attributes)
+        self._note_target(job, shown_instance, shown)
+        added = [(key, text) for key, text in shown.items() if key in promoted]
+        if self._settings.scope_labels:
+            added += [("otel.scope.name", metric.scope.name), ("otel.scope.version", metric.scope.version)]
+        identity = blake2b(
+            msgspec.msgpack.encode((metric.name, metric.kind.value, metric.scope.name, namespace, name, instance)),
+            digest_size=16,
+        )
+        labelled = _digest((row.id, job, shown_instance, added))
+        return _Origin(
+            row, identity, labelled, job, shown_instance, tuple(added), scale, quantity.limit if quantity else 0.0
+        )  # fmt: skip
+
+    def _note_target(self, job: str, instance: str, attributes: Mapping[str, str]) -> None:
+        rest = tuple((key, text) for key, text in attributes.items() if key not in _IDENTIFYING)
+        known = self._targets.get((job, instance))
+        if not (job or instance) or not rest or (known is not None and known.attributes == rest):
+            return
+        if known is None and len(self._targets) >= MAX_TARGETS:
+            return
+        target = TargetRow(job, instance, rest, self._now)
+        self._targets[job, instance] = self._books.targets[job, instance] = target
+
+    def _stream(self, origin: _Origin, point: DataPoint) -> _Stream:
+        hasher = origin.identity.copy()
+        hasher.update(msgspec.msgpack.encode(point.attributes))
+        key: bytes = hasher.digest()
+        stream = self._streams.get(key)
+        if stream is None:
+            row = self._store.stream(key) or self._add_stream(key, origin, point)
+            total = claude_code.total_key(point.metric.name, point.attributes) if origin.scale else None
+            stream = self._streams[key] = _Stream(row, total)
+        if stream.row.labelled != origin.labelled:
+            series = self._find_series(origin, point.attributes)
+            self._store.move_stream(stream.row.id, series, origin.labelled)
+            stream.row = stream.row._replace(series=series, labelled=origin.labelled)
+        return stream
+
+    def _add_stream(self, key: bytes, origin: _Origin, point: DataPoint) -> StreamRow:
+        session = next((attribute_text(value) for name, value in point.attributes if name == "session.id"), "")
+        writer = 0
+        if session or origin.instance:
+            row = self._store.writer(_digest((origin.job, origin.instance, session)), self._now)
+            writer = row.id
+            self._writers.setdefault(writer, row)
+        return self._store.add_stream(key, self._find_series(origin, point.attributes), writer, origin.labelled)
+
+    def _find_series(self, origin: _Origin, attributes: Attributes) -> int:
+        """The series of these labels, made if there is none; above a limit, the metric's overflow series."""
+        labels = self._labels(origin, attributes)
+        row = self._store.series(_digest((origin.row.id, origin.job, origin.instance, labels)))
+        if row is None:
+            of_metric, in_all = self._live(origin.row.id)
+            new = self._books.new_series
+            for count, setting, most in (
+                (in_all + new.total(), "limits.series", self._settings.max_series),
+                (of_metric + new[origin.row.id], "limits.series_per_metric", self._settings.max_series_per_metric),
+            ):
+                if count >= most:
+                    self._books.limited[setting] += 1
+                    return self._series_of(origin.row, "", "", OVERFLOW)
+        return self._series_of(origin.row, origin.job, origin.instance, labels)
+
+    def _series_of(self, metric: MetricRow, job: str, instance: str, labels: tuple[tuple[str, str], ...]) -> int:
+        key = _digest((metric.id, job, instance, labels))
+        row = self._store.series(key)
+        if row is None:
+            expires = bool(instance) or any(name == "session.id" for name, _ in labels)
+            born, now = self._commits + 1, self._now
+            new = SeriesRow(0, metric.id, job, instance, labels, 0, 0, 0, born, now, now, expires)
+            row = self._store.add_series(key, new)
+            self._books.new_series[metric.id] += 1
+            self._books.series[row.id] = row
+        self._series.setdefault(row.id, row)
+        return row.id
+
+    def _labels(self, origin: _Origin, attributes: Attributes) -> tuple[tuple[str, str], ...]:
+        """The labels of a point: its own attributes, and what its resource and scope add where they have none."""
+        labels = self._shown(attributes)
+        for key, text in origin.added:
+            labels.setdefault(key, text)
+        return tuple(sorted(labels.items()))
+
+    def _shown(self, attributes: Attributes) -> dict[str, str]:
+        """What of some attributes may be shown, in OTLP's spelling, and how long."""
+        settings = self._settings
+        shown: dict[str, str] = {}
+        for key, value in attributes:
+            if key in settings.dropped or _is_redacted(value):
+                continue
+            if len(shown) >= settings.max_attributes:
+                self._books.limited["limits.attributes"] += 1
+                break
+            text = attribute_text(value)
+            if key in settings.hashed:
+                text = blake2b(text.encode(), digest_size=8, key=self._secret).hexdigest()
+            shown[self._cut(key)] = self._cut(text)
+        return shown
+
+    def _cut(self, text: str) -> str:
+        """Text of at most the limit; what was longer ends in a digest, so that different texts stay different."""
+        most = self._settings.max_label_length
+        if len(text) <= most:
+            return text
+        self._books.limited["limits.label_length"] += 1
+        return f"{text[: most - 17]}~{blake2b(text.encode(), digest_size=8).hexdigest()}"
+
+    def _series_row(self, series: int) -> SeriesRow:
+        row = self._series.get(series)
+        if row is None:
+            row = self._series[series] = self._store.series_by_id(series)
+        return row
+
+
+def _refusal(origin: _Origin, point: DataPoint) -> Drop | None:
+    """Why a point must not be counted, as far as the point itself tells."""
+    value, metric = point.value, point.metric
+    if value is None:
+        return None
+    if origin.scale and isinstance(value, int | float):
+        limit = origin.limit if metric.temporality is Temporality.DELTA else origin.limit * CUMULATIVE_FACTOR
+        if math.isfinite(value) and value > limit:
+            return Drop.IMPLAUSIBLE
+    return refusal(metric, value)
+
+
+def _needs_body_hash(stream: _Stream, point: DataPoint) -> bool:
+    """Whether nothing but the body's hash tells a repeat of this point from a second one."""
+    if not _is_counting(point.metric):
+        return True
+    if point.metric.temporality is Temporality.DELTA:
+        return not stream.row.writer or not point.time
+    return not point.start
+
+
+def _is_counting(metric: Metric) -> bool:
+    """Whether the values of a metric are summed up; the others replace each other."""
+    return metric.kind not in (Kind.GAUGE, Kind.SUMMARY) and not (
+        metric.kind is Kind.UPDOWN and metric.temporality is Temporality.CUMULATIVE
+    )
+
+
+def _holds(members: bytearray, identity: bytes) -> bool:
+    """Whether one of the 8-byte identities in `members` is `identity`."""
+    at = members.find(identity)
+    while at >= 0 and at % IDENTITY_BYTES:
+        at = members.find(identity, at + 1)
+    return at >= 0
+
+
+def _digest(value: Any) -> bytes:
+    """16 bytes that name a value; msgpack keeps the parts apart."""
+    return blake2b(msgspec.msgpack.encode(value), digest_size=16).digest()
+
+
+def _is_redacted(value: str | Typed) -> bool:
+    return isinstance(value, Typed) and value.type == REDACTED

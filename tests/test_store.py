@@ -1,0 +1,602 @@
+"""The state on disk: what may be opened, who may open it, and a disk that fails at any statement.
+
+Law under test: a request is acknowledged only after its commit; a refused one may have reached the disk or not, and
+its sender, who repeats it, is never counted twice; what is shown is committed and never falls.
+"""
+
+import os
+import sqlite3
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import pytest
+
+from bridge.model import Drop
+from bridge.store import (
+    DATABASE,
+    LOCK,
+    SCHEMA_VERSION,
+    Connect,
+    StateError,
+    Store,
+    StoreUnavailable,
+    lock,
+    prepare_directory,
+)
+from tests.test_cases import Rig, Body, rig_in, body_of, read_point, unsynced
+
+T = TypeVar("T")
+
+NOW = 1_800_000_000_000
+NOBODY = 65_534
+STOP_SECONDS = 2
+
+
+# --- what may be opened ----------------------------------------------------------------------------------------
+
+
+def refusal_to_open(directory: Path) -> StateError:
+    """Why the state of a directory cannot be opened; what stands in it must not be touched."""
+    path = directory / DATABASE
+    before = path.read_bytes() if path.is_file() else b""
+    with pytest.raises(StateError) as refused:
+        Store(directory).open(NOW)
+    assert str(path) in str(refused.value)
+    assert (path.read_bytes() if path.is_file() else b"") == before, "the file was written to"
+    return refused.value
+
+
+def opened_and_closed(directory: Path) -> None:
+    store = Store(directory)
+    store.open(NOW)
+    store.close()
+
+
+def test_a_new_state_is_created_and_opened_again(tmp_path: Path) -> None:
+    opened_and_closed(tmp_path)
+    store = Store(tmp_path)
+    store.open(NOW)
+    snapshot = store.snapshot(0)
+    store.close()
+    assert (snapshot.commits, snapshot.series, snapshot.totals) == (0, [], {})
+
+
+def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:
+    opened_and_closed(tmp_path)
+    with closing(sqlite3.connect(tmp_path / DATABASE)) as connection:
+        connection.execute(f"pragma user_version = {SCHEMA_VERSION + 1}")
+    error = refusal_to_open(tmp_path)
+    assert error.exit_code == os.EX_DATAERR
+    assert f"schema {SCHEMA_VERSION + 1}" in str(error)
+    assert f"up to {SCHEMA_VERSION}" in str(error)
+    assert "newer version" in str(error)
+
+
+@pytest.mark.parametrize("journal_mode", ["wal", "delete"])
+def test_a_foreign_database_is_refused_and_left_alone(tmp_path: Path, journal_mode: str) -> None:
+    with closing(sqlite3.connect(tmp_path / DATABASE)) as connection:
+        connection.execute(f"pragma journal_mode = {journal_mode}")
+        connection.execute("create table bookmark (url text)")
+    error = refusal_to_open(tmp_path)
+    assert error.exit_code == os.EX_DATAERR
+    assert "not a database of this program" in str(error)
+
+
+@pytest.mark.parametrize("size", [10, 5000])
+def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path, size: int) -> None:
+    (tmp_path / DATABASE).write_bytes(b"garbage. " * size)
+    error = refusal_to_open(tmp_path)
+    assert error.exit_code == os.EX_DATAERR
+    assert "restore a backup" in str(error)
+
+
+def test_half_a_database_is_refused(tmp_path: Path) -> None:
+    opened_and_closed(tmp_path)
+    path = tmp_path / DATABASE
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert refusal_to_open(tmp_path).exit_code == os.EX_DATAERR
+
+
+def test_an_empty_file_is_a_first_start_that_was_killed(tmp_path: Path) -> None:
+    """SQLite makes the file before anything stands in it."""
+    (tmp_path / DATABASE).touch()
+    opened_and_closed(tmp_path)
+
+
+def test_a_directory_in_place_of_the_database_is_refused(tmp_path: Path) -> None:
+    (tmp_path / DATABASE).mkdir()
+    error = refusal_to_open(tmp_path)
+    assert error.exit_code == os.EX_IOERR
+    assert "check the disk and its permissions" in str(error)
+
+
+def test_files_are_for_their_owner_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        with rig_in(tmp_path) as rig:
+            rig.post(BODIES[0])
+            os.close(lock(rig.directory))
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in rig.directory.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys([DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", LOCK], 0o600)
+
+
+def test_a_clean_stop_leaves_one_file(tmp_path: Path) -> None:
+    with rig_in(tmp_path) as rig:
+        rig.post(BODIES[0])
+    assert [path.name for path in rig.directory.iterdir()] == [DATABASE]
+
+
+def test_the_disk_is_asked_to_sync_every_commit(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.open(NOW)
+    with closing(store._connection) as connection:
+        settings = {
+            name: connection.execute(f"pragma {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous", "fullfsync", "checkpoint_fullfsync", "locking_mode")
+        }
+    full = 2
+    assert settings == {
+        "journal_mode": "wal", "synchronous": full, "fullfsync": 1, "checkpoint_fullfsync": 1,
+        "locking_mode": "normal",
+    }  # fmt: skip
+
+
+def test_a_repeat_is_no_commit(tmp_path: Path) -> None:
+    with rig_in(tmp_path) as rig:
+        rig.post(BODIES[0])
+        before = committed(rig)
+        rig.post(BODIES[0])
+        assert committed(rig) == before == projected(rig)
+
+
+def test_a_reader_does_not_hold_up_the_stop(tmp_path: Path) -> None:
+    """Grafana may be in the middle of a query when the bridge is told to stop."""
+    with rig_in(tmp_path) as rig:
+        rig.post(BODIES[0])
+        with closing(sqlite3.connect(f"file:{rig.directory / DATABASE}?mode=ro", uri=True)) as reader:
+            reader.execute("begin")
+            reader.execute("select count(*) from series").fetchone()
+            rig.post(BODIES[1])
+            began = time.monotonic()
+            rig.stop()
+            assert time.monotonic() - began < STOP_SECONDS
+        rig.start()
+        assert rig.totals == TRUTHS[-1]
+
+
+def test_others_may_read_while_the_bridge_writes(tmp_path: Path) -> None:
+    with rig_in(tmp_path) as rig:
+        rig.post(BODIES[0])
+        with closing(sqlite3.connect(f"file:{rig.directory / DATABASE}?mode=ro", uri=True)) as reader:
+            read = dict(reader.execute("select name, value from total").fetchall())
+        assert read == rig.totals
+
+
+# --- the directory and its lock --------------------------------------------------------------------------------
+
+
+@contextmanager
+def somebody_else() -> Iterator[None]:
+    """The block runs without root's rights; root may do everything."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory that `somebody_else` may use as well, also where the ones above it are closed to them."""
+    tmp_path.chmod(0o777)
+    monkeypatch.chdir(tmp_path)
+    return Path()
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_state_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "a" / "b"
+    assert prepare_directory(directory) is None
+    assert mode_of(directory) == 0o700
+    assert prepare_directory(directory) is None
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o777])
+def test_a_directory_that_is_open_to_others_is_closed_with_one_line(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
+    note = prepare_directory(tmp_path)
+    assert note is not None
+    assert str(tmp_path) in note
+    assert "0700" in note
+    assert mode_of(tmp_path) == 0o700
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "state").touch()
+    with pytest.raises(StateError, match="not a directory") as refused:
+        prepare_directory(tmp_path / "state")
+    assert refused.value.exit_code == os.EX_NOPERM
+
+
+def test_a_directory_of_another_user_is_refused() -> None:
+    with somebody_else(), pytest.raises(StateError, match="belongs to uid 0") as refused:
+        prepare_directory(Path("/"))
+    assert refused.value.exit_code == os.EX_NOPERM
+
+
+def test_a_directory_that_cannot_be_made_is_refused(open_directory: Path) -> None:
+    with somebody_else():
+        (open_directory / "closed").mkdir(mode=0o500)
+        with pytest.raises(StateError, match=r"cannot create state directory closed/state: .*--state-dir") as refused:
+            prepare_directory(open_directory / "closed" / "state")
+    assert refused.value.exit_code == os.EX_CANTCREAT
+
+
+def test_a_read_only_directory_is_refused(open_directory: Path) -> None:
+    with somebody_else():
+        (open_directory / "closed").mkdir(mode=0o500)
+        with pytest.raises(StateError, match="not writable: closed/lock") as refused:
+            lock(open_directory / "closed")
+    assert refused.value.exit_code == os.EX_CANTCREAT
+
+
+def test_a_second_bridge_is_refused_with_the_first_ones_pid(tmp_path: Path) -> None:
+    held = lock(tmp_path)
+    try:
+        with pytest.raises(StateError, match=rf"another bridge, pid {os.getpid()};") as refused:
+            lock(tmp_path)
+        assert refused.value.exit_code == os.EX_TEMPFAIL
+        assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+    finally:
+        os.close(held)
+    os.close(lock(tmp_path))
+
+
+def test_the_lock_of_a_bridge_that_died_is_free(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("4194304999\n")
+    held = lock(tmp_path)
+    assert (tmp_path / LOCK).read_text() == f"{os.getpid()}\n"
+    os.close(held)
+
+
+def test_a_lock_that_is_a_link_is_refused_and_its_target_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(StateError):
+        lock(tmp_path)
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+# --- a disk that fails -----------------------------------------------------------------------------------------
+
+
+class Watched:
+    """A connection of which every statement passes `around(sql, run)`, which may fail before or after `run()`."""
+
+    def __init__(self, connection: sqlite3.Connection, around: "Around") -> None:
+        self._connection, self._around = connection, around
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        cursor: sqlite3.Cursor = self._around(sql, lambda: self._connection.execute(sql, parameters))
+        return cursor
+
+    def executemany(self, sql: str, rows: Any) -> sqlite3.Cursor:
+        cursor: sqlite3.Cursor = self._around(sql, lambda: self._connection.executemany(sql, rows))
+        return cursor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+
+Around = Callable[[str, Callable[[], Any]], Any]
+
+
+def watched(around: Around) -> Connect:
+    """A `connect` whose connections ask `around`; that one is asked for the connecting itself, too."""
+
+    def connect(path: Path) -> sqlite3.Connection:
+        connection: sqlite3.Connection = around("connect", lambda: unsynced(path))
+        return cast("sqlite3.Connection", Watched(connection, around))
+
+    return connect
+
+
+def io_error() -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
+    return error
+
+
+def disk_full() -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorname = "SQLITE_FULL"
+    return error
+
+
+class FailingDisk:
+    """Fails some statements from the n-th on."""
+
+    def __init__(self, nth: int, fault: "Fault") -> None:
+        self.failing = {nth + statement for statement in fault.statements}
+        self.fault = fault
+        self.calls = 0
+        self.connections: list[sqlite3.Connection] = []
+        self.before_commit: Callable[[], None] = lambda: None
+
+    @property
+    def has_failed(self) -> bool:
+        return self.calls >= min(self.failing)
+
+    def __call__(self, sql: str, run: Callable[[], T]) -> T:
+        self.calls += 1
+        if sql == "commit":
+            self.before_commit()
+        fails = self.calls in self.failing
+        if fails and not self.fault.after:
+            raise self.fault.error()
+        result = run()
+        if isinstance(result, sqlite3.Connection):
+            self.connections.append(result)
+        if fails:
+            if isinstance(result, sqlite3.Cursor):
+                result.close()  # no half-read rows stay behind
+            raise self.fault.error()
+        return result
+
+    def end_of_process(self) -> None:
+        """What the end of a process does to its connections: nothing more is written through them."""
+        while self.connections:
+            self.connections.pop().close()
+
+
+class Shown(NamedTuple):
+    """What the counters say, in the projection or on disk."""
+
+    commits: int
+    totals: dict[str, int]
+    values: dict[int, Any]
+
+
+def projected(rig: Rig) -> Shown:
+    values = {row.id: row.value for row in rig.ledger.rows()}
+    return Shown(rig.ledger.commits, dict(rig.ledger.totals), values)
+
+
+def committed(rig: Rig) -> Shown:
+    """What a reader of the file finds."""
+    with closing(sqlite3.connect(f"file:{rig.directory / DATABASE}?mode=ro", uri=True)) as reader:
+        ((commits,),) = reader.execute("select commits from meta")
+        totals = dict(reader.execute("select name, value from total").fetchall())
+        return Shown(commits, totals, dict(reader.execute("select id, value from series").fetchall()))
+
+
+def assert_no_less(shown: Shown, earlier: Shown) -> None:
+    fell = [name for name, value in earlier.totals.items() if shown.totals[name] < value]
+    fell += [f"series {series}" for series, value in earlier.values.items() if shown.values[series] < value]
+    assert not fell, f"{fell} fell from {earlier} to {shown}"
+    assert shown.commits >= earlier.commits
+
+
+def body(*points: str) -> Body:
+    return body_of([read_point(point) for point in points])
+
+
+# Every way a point can be known; then repeats, news, a new version of the sender and a new metric. All values rise.
+BODIES = [
+    body(
+        "{session: s1, type: input, start: 1000, time: 1060, delta: 1}",
+        "{type: output, start: 1000, time: 1060, delta: 10}",
+        "{type: input, start: 1000, time: 1060, cumulative: 100}",
+        "{type: output, time: 1060, cumulative: 1000}",
+        "{metric: load, time: 1060, gauge: 1}",
+    ),
+    body(
+        "{session: s1, type: input, start: 1000, time: 1060, delta: 1}",
+        "{session: s1, type: input, start: 1060, time: 1120, delta: 2, resource.service.version: 2.0}",
+        "{type: input, start: 1000, time: 1120, cumulative: 300}",
+        "{type: output, time: 1120, cumulative: 500}",
+        "{metric: claude_code.cost.usage, session: s2, start: 1000, time: 1120, delta: 0.25}",
+        "{metric: load, time: 1120, gauge: 2}",
+    ),
+]
+TRUTHS: list[dict[str, int]] = [
+    {"tokens.input": 101, "tokens.output": 1010},
+    {"tokens.input": 303, "tokens.output": 1510, "usd": 250_000_000},
+]
+TRUE_SERIES = {
+    'claude_code.token.usage{session.id="s1",type="input"}': 1,
+    'claude_code.token.usage{service.version="2.0",session.id="s1",type="input"}': 2,
+    'claude_code.token.usage{type="input"}': 300,
+    'claude_code.token.usage{type="output"}': 1510,
+    'claude_code.cost.usage{session.id="s2"}': 250_000_000,
+    "load": 2,
+}
+ATTEMPTS = 20
+
+
+class Sender:
+    """Starts a bridge on a failing disk as a supervisor would, and repeats each body until it is acknowledged."""
+
+    def __init__(self, rig: Rig, disk: FailingDisk) -> None:
+        self.rig, self.disk = rig, disk
+        self.refused = 0
+        self.last = Shown(0, {}, {})
+
+    def start(self) -> None:
+        for _ in range(ATTEMPTS):
+            try:
+                self.rig.start()
+            except (StateError, StoreUnavailable):
+                self.disk.end_of_process()
+            else:
+                break
+        self.look()
+
+    def send(self, body: Body) -> None:
+        for _ in range(ATTEMPTS):
+            self.disk.before_commit = self.assert_not_ahead
+            try:
+                self.rig.post(body)
+            except StoreUnavailable:
+                self.refused += 1
+                assert not self.rig.ledger.healthy
+                self.look()
+            else:
+                assert self.rig.ledger.healthy
+                self.look()
+                assert projected(self.rig) == committed(self.rig)
+                return
+        raise AssertionError("never acknowledged")
+
+    def assert_not_ahead(self) -> None:
+        assert projected(self.rig) == self.last, "shown before it was committed"
+
+    def look(self) -> None:
+        """What is shown is committed and did not fall."""
+        self.disk.before_commit = lambda: None
+        shown = projected(self.rig)
+        assert_no_less(shown, self.last)
+        assert_no_less(committed(self.rig), shown)
+        self.last = shown
+
+
+class Fault(NamedTuple):
+    """How a disk fails: which statements from the n-th on, with which error, before or after doing what they say."""
+
+    error: Callable[[], sqlite3.OperationalError]
+    statements: frozenset[int]
+    after: bool = False
+
+
+FAULTS = {
+    "one": frozenset({0}),
+    "two": frozenset({0, 1}),
+    "five": frozenset({0, 1, 2, 3, 4}),
+    # After a failed statement come rollback, connect, begin, select: the recovery fails as well.
+    "one and the fourth after it": frozenset({0, 4}),
+}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault(io_error, FAULTS["one"]), id="I/O error"),
+        pytest.param(Fault(io_error, FAULTS["one"], after=True), id="I/O error though it was done"),
+        pytest.param(Fault(io_error, FAULTS["five"]), id="I/O errors of five statements"),
+        pytest.param(Fault(io_error, FAULTS["one and the fourth after it"]), id="I/O error, also of the recovery"),
+        pytest.param(Fault(disk_full, FAULTS["one"]), id="disk full"),
+        pytest.param(Fault(disk_full, FAULTS["one"], after=True), id="disk full though it was done"),
+        pytest.param(Fault(disk_full, FAULTS["two"]), id="disk full for two statements"),
+        pytest.param(Fault(disk_full, FAULTS["five"], after=True), id="disk full for five statements"),
+    ],
+)
+def test_the_nth_statement_fails(fault: Fault, tmp_path: Path) -> None:
+    """For n = 1, 2, 3 ... until a run passes without a failure."""
+    for nth in count(1):
+        disk = FailingDisk(nth, fault)
+        with closing(Rig(tmp_path, name=str(nth), connect=watched(disk))) as rig:
+            sender = Sender(rig, disk)
+            sender.start()
+            for body, truth in zip(BODIES, TRUTHS, strict=True):
+                sender.send(body)
+                assert rig.totals == truth, f"statement {nth}"
+            assert rig.shown == TRUE_SERIES, f"statement {nth}"
+        assert committed(rig) == sender.last, f"statement {nth}"
+        if not disk.has_failed:
+            assert nth > 90, "few statements passed the failing disk"
+            return
+
+
+@pytest.mark.parametrize("error", [io_error, disk_full])
+def test_a_disk_that_fails_at_the_start_is_named_with_an_exit_code(
+    error: Callable[[], sqlite3.OperationalError], tmp_path: Path
+) -> None:
+    for nth in count(1):
+        disk = FailingDisk(nth, Fault(error, FAULTS["one"]))
+        with closing(Rig(tmp_path, name=str(nth), connect=watched(disk))) as rig:
+            refused = refusal_to_start(rig)
+            if not disk.has_failed:
+                assert nth > 20, "few statements passed the failing disk"
+                return
+            disk.end_of_process()
+        assert refused is not None
+        assert refused.exit_code == os.EX_IOERR
+        assert str(rig.directory / DATABASE) in str(refused)
+
+
+def refusal_to_start(rig: Rig) -> StateError | None:
+    try:
+        rig.start()
+    except StateError as refused:
+        return refused
+    return None
+
+
+@pytest.mark.parametrize("error", [io_error, disk_full])
+def test_the_nth_statement_of_forgetting_fails(
+    error: Callable[[], sqlite3.OperationalError], tmp_path: Path
+) -> None:  # fmt: skip
+    for nth in count(1):
+        disk = FailingDisk(sys.maxsize, Fault(error, FAULTS["one"]))
+        with closing(Rig(tmp_path, name=str(nth), connect=watched(disk))) as rig:
+            rig.start()
+            rig.post(FORGOTTEN)
+            rig.now_ms += 8 * 86_400_000
+            disk.failing = {disk.calls + nth}
+            failed = False
+            try:
+                rig.forget()
+            except StoreUnavailable:
+                failed = True
+                rig.forget()
+            disk.failing = set()
+            receipt = rig.post(FORGOTTEN)
+            assert [refusal.reason for refusal in receipt.refused] == [Drop.TOO_OLD]
+            assert rig.totals == {"tokens.input": 1}
+        if not failed:
+            assert nth > 3, "few statements passed the failing disk"
+            return
+
+
+FORGOTTEN = body("{session: s1, type: input, start: 1000, time: 1060, delta: 1}")
+
+
+@pytest.fixture
+def disk() -> FailingDisk:
+    """A disk that fails one statement with an I/O error: which one, is left to the test."""
+    return FailingDisk(sys.maxsize, Fault(io_error, FAULTS["one"]))
+
+
+def test_housekeeping_that_fails_and_then_works_is_healthy_again(disk: FailingDisk, tmp_path: Path) -> None:
+    with rig_in(tmp_path, connect=watched(disk)) as rig:
+        disk.failing = {disk.calls + 1}
+        with pytest.raises(StoreUnavailable):
+            rig.forget()
+        assert not rig.ledger.healthy
+        rig.forget()
+        assert rig.ledger.healthy
+
+
+def test_a_failure_says_what_the_disk_said(disk: FailingDisk, tmp_path: Path) -> None:
+    with rig_in(tmp_path, connect=watched(disk)) as rig:
+        for error, is_full in ((io_error, False), (disk_full, True)):
+            disk.fault = Fault(error, FAULTS["one"])
+            disk.failing = {disk.calls + 1}
+            with pytest.raises(StoreUnavailable) as refused:
+                rig.post(BODIES[0])
+            assert str(refused.value) == f"{error()} ({error().sqlite_errorname})"
+            assert refused.value.disk_full is is_full
