@@ -1,0 +1,1 @@
+"""HTTP: the guard that every request passes, the OTLP receiver, the views of the counters."""
