@@ -1,0 +1,188 @@
+"""Settings: what there is, what it may be, and how flags, environment and file are laid over each other.
+
+Pure: the caller reads the file and hands over the environment. Flags win over environment over file over
+defaults. Unknown keys are errors with a hint, in the file and in the environment.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+ENVIRONMENT_PREFIX = "BRIDGE_"
+NOT_SETTINGS = ("BRIDGE_TEST_",)
+"""Environment variables of this prefix that are not settings of the bridge."""
+
+
+class ConfigError(ValueError):
+    """A setting is wrong: says which, where it stands and what is expected."""
+
+
+class Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds on what clients can make the bridge do."""
+
+    max_body_mib: Annotated[int, Meta(ge=1, le=64)] = 4
+    body_seconds: Annotated[float, Meta(gt=0, le=600)] = 10.0
+    connections: Annotated[int, Meta(ge=8, le=100_000)] = 512
+    series: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
+    series_per_metric: Annotated[int, Meta(ge=1, le=1_000_000)] = 5_000
+    metrics: Annotated[int, Meta(ge=1, le=100_000)] = 1_000
+    attributes: Annotated[int, Meta(ge=1, le=1_000)] = 40
+    label_length: Annotated[int, Meta(ge=32, le=65_536)] = 512
+
+
+class Labels(Struct, frozen=True, forbid_unknown_fields=True):
+    """Which attributes become labels on /metrics, in OTLP's spelling (`user.email`)."""
+
+    promote: tuple[str, ...] = ("service.version",)
+    drop: tuple[str, ...] = ()
+    deny: tuple[str, ...] = ()
+    hash: tuple[str, ...] = ()
+    scope: bool = False
+
+
+Names = Literal[
+    "UnderscoreEscapingWithSuffixes",
+    "UnderscoreEscapingWithoutSuffixes",
+    "NoUTF8EscapingWithSuffixes",
+    "NoTranslation",
+]
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """All settings with their defaults. An empty `state_dir` means the platform's place for state."""
+
+    listen: tuple[str, ...] = ("localhost:4318",)
+    state_dir: str = ""
+    hosts: tuple[str, ...] = ()
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    retention_days: Annotated[float, Meta(ge=1, le=90)] = 7.0
+    series_expiry_hours: Annotated[float, Meta(gt=0, le=24 * 3660)] = 24.0
+    names: Names = "UnderscoreEscapingWithSuffixes"
+    created_series: bool = False
+    labels: Labels = Labels()
+    limits: Limits = Limits()
+
+
+DESCRIPTIONS = {
+    "listen": "addresses to listen on; localhost means 127.0.0.1 and ::1",
+    "state_dir": "where the counters are kept",
+    "hosts": "more names that clients may use in the Host header",
+    "log_format": "text or json",
+    "log_level": "debug, info, warning or error",
+    "retention_days": "how long a silent session's points are remembered, so that repeats do not count",
+    "series_expiry_hours": "when a session's series leave /metrics after its last point",
+    "names": "how OTLP names become Prometheus names: UnderscoreEscapingWithSuffixes,"
+    " UnderscoreEscapingWithoutSuffixes, NoUTF8EscapingWithSuffixes or NoTranslation",
+    "created_series": "add _created samples to OpenMetrics; Prometheus stores each as a series of its own",
+    "labels.promote": "resource attributes that become labels of every series",
+    "labels.drop": "attributes that are no labels; the values of series that become one are added up",
+    "labels.deny": "attributes that are not even stored",
+    "labels.hash": "attributes whose values are replaced by a digest",
+    "labels.scope": "add otel_scope_name and otel_scope_version",
+    "limits.max_body_mib": "largest request body, before and after decompression",
+    "limits.body_seconds": "time for a request body to arrive",
+    "limits.connections": "open connections",
+    "limits.series": "series on /metrics; more go to one series a metric with otel_metric_overflow",
+    "limits.series_per_metric": "the same for one metric",
+    "limits.metrics": "metric names; points of further ones are refused",
+    "limits.attributes": "attributes of a point that become labels",
+    "limits.label_length": "characters of a label's name or value; longer ones end in a digest",
+}
+"""One line for each setting, for `config show`, `--help` and the README."""
+
+
+def load(file_text: str, environment: Mapping[str, str], flags: Mapping[str, Any], file_name: str) -> Config:
+    """The settings in force. `flags` holds the ones that were given. Raises ConfigError."""
+    try:
+        from_file = tomllib.loads(file_text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file_name}: {error}") from None
+    _check(from_file, Config, file_name)
+    layered: dict[str, Any] = from_file
+    for name, path in _variables(environment).items():
+        _set(layered, path, environment[name])
+        _check(layered, Config, name)
+    layered.update(flags)
+    _check(layered, Config, "command line")
+    return msgspec.convert(layered, Config, strict=False)
+
+
+def to_toml(config: Config) -> str:
+    """The settings as a config.toml with a comment a line; reading it back gives the same settings."""
+    plain = msgspec.to_builtins(config)
+    tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
+    lines = [_toml_line(key, value, key) for key, value in plain.items() if key not in tables]
+    for table, members in tables.items():
+        lines += ["", f"[{table}]"]
+        lines += [_toml_line(key, value, f"{table}.{key}") for key, value in members.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_line(key: str, value: Any, path: str) -> str:
+    # JSON's strings, numbers, booleans and arrays of them are TOML as well.
+    return f"{key} = {msgspec.json.encode(value).decode()}  # {DESCRIPTIONS[path]}"
+
+
+def _paths() -> dict[str, tuple[str, ...]]:
+    """`BRIDGE_LIMITS_SERIES` -> ("limits", "series"), for every setting."""
+    paths: dict[str, tuple[str, ...]] = {}
+    for key, kind in get_type_hints(Config).items():
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            for member in get_type_hints(kind):
+                paths[f"{ENVIRONMENT_PREFIX}{key}_{member}".upper()] = (key, member)
+        else:
+            paths[f"{ENVIRONMENT_PREFIX}{key}".upper()] = (key,)
+    return paths
+
+
+def _variables(environment: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    known = _paths()
+    found = {}
+    for name in sorted(environment):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name.startswith(NOT_SETTINGS) or name == "BRIDGE_CONFIG":
+            continue
+        if name not in known:
+            raise ConfigError(f"environment: unknown variable {name}{_hint(name, known)}")
+        found[name] = known[name]
+    return found
+
+
+def _set(layered: dict[str, Any], path: tuple[str, ...], text: str) -> None:
+    *tables, key = path
+    for table in tables:
+        layered = layered.setdefault(table, {})
+    default: Any = Config()
+    for part in path:
+        default = getattr(default, part)
+    is_list = isinstance(default, tuple)
+    layered[key] = [part.strip() for part in text.split(",") if part.strip()] if is_list else text
+
+
+def _check(layered: Mapping[str, Any], kind: type[Struct], where: str) -> None:
+    _refuse_unknown(layered, kind, where, "")
+    try:
+        msgspec.convert(layered, kind, strict=False)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$.")
+        key = path.rstrip("`")
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{reason[0].lower()}{reason[1:]}") from None
+
+
+def _refuse_unknown(layered: Mapping[str, Any], kind: type[Struct], where: str, prefix: str) -> None:
+    hints = get_type_hints(kind)
+    for key, value in layered.items():
+        if key not in hints:
+            raise ConfigError(f"{where}: unknown setting {prefix}{key}{_hint(key, hints)}")
+        member = hints[key]
+        if isinstance(value, Mapping) and isinstance(member, type) and issubclass(member, Struct):
+            _refuse_unknown(value, member, where, f"{prefix}{key}.")
+
+
+def _hint(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"

@@ -1,0 +1,67 @@
+"""Settings: layers, types, errors that say what to do, and a file that reads back as it was shown."""
+
+import tomllib
+from typing import Any
+
+import pytest
+
+from bridge.config import DESCRIPTIONS, Config, ConfigError, Limits, load, to_toml
+
+
+def settings(file: str = "", environment: dict[str, str] | None = None, **flags: Any) -> Config:
+    return load(file, environment or {}, flags, "config.toml")
+
+
+def test_defaults() -> None:
+    assert settings() == Config()
+
+
+def test_flags_win_over_environment_over_file() -> None:
+    file = 'listen = ["localhost:1"]\nlog_level = "debug"\nlog_format = "json"'
+    environment = {"BRIDGE_LISTEN": "localhost:2, 127.0.0.1:3", "BRIDGE_LOG_LEVEL": "error"}
+    config = settings(file, environment, listen=["localhost:4"])
+    assert (config.listen, config.log_level, config.log_format) == (("localhost:4",), "error", "json")
+    assert settings(file, environment).listen == ("localhost:2", "127.0.0.1:3")
+
+
+def test_members_of_tables_by_environment() -> None:
+    environment = {
+        "BRIDGE_LIMITS_SERIES": "77",
+        "BRIDGE_LIMITS_BODY_SECONDS": "2.5",
+        "BRIDGE_LABELS_DROP": "session.id,user.id",
+        "BRIDGE_LABELS_SCOPE": "true",
+    }
+    config = settings("[limits]\nseries = 5\nconnections = 64", environment)
+    assert config.limits == Limits(series=77, body_seconds=2.5, connections=64)
+    assert config.labels.drop == ("session.id", "user.id")
+    assert config.labels.scope
+
+
+@pytest.mark.parametrize(
+    ("file", "environment", "words"),
+    [
+        ("listn = 1", {}, ["config.toml: unknown setting listn", "did you mean listen?"]),
+        ("[limits]\nserie = 1", {}, ["unknown setting limits.serie", "did you mean series?"]),
+        ("[limits]\nseries = 0", {}, ["config.toml: limits.series: expected `int` >= 1"]),
+        ('log_level = "loud"', {}, ["config.toml: log_level: invalid enum value 'loud'"]),
+        ("retention_days = [1]", {}, ["config.toml: retention_days: expected `float`, got `array`"]),
+        ("listen = ", {}, ["config.toml: Invalid value (at "]),
+        ("", {"BRIDGE_LISTNE": "x"}, ["environment: unknown variable BRIDGE_LISTNE", "did you mean BRIDGE_LISTEN?"]),
+        ("", {"BRIDGE_LIMITS_SERIES": "many"}, ["BRIDGE_LIMITS_SERIES: limits.series: expected `int`, got `str`"]),
+        ("zzz = 1", {}, ["unknown setting zzz", "known are"]),
+    ],
+)
+def test_errors_say_where_and_what(file: str, environment: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        settings(file, environment)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_what_is_shown_reads_back_equal() -> None:
+    config = settings(
+        'listen = ["[::1]:5"]\nhosts = ["a.example"]\n[labels]\nhash = ["user.email"]\n[limits]\nseries = 9'
+    )
+    shown = to_toml(config)
+    assert load(shown, {}, {}, "shown") == config
+    assert set(tomllib.loads(shown)) == {"labels", "limits"} | {key for key in DESCRIPTIONS if "." not in key}
