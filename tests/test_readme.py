@@ -1,0 +1,99 @@
+"""The README says what the code does: commands run, settings, metrics and reasons are all there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_type_hints
+
+from bridge import config, model, otlp
+from bridge.telemetry import Telemetry, Throttle
+from bridge.tools.claude_code import XRG_PROFILE
+from tests.daemon import Daemon
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_screen_has_the_waist_and_the_two_commands() -> None:
+    first = "\n".join(README.splitlines()[:30])
+    assert "Ledger" in first
+    run, test = blocks("sh")[:2]
+    assert run.strip().endswith("pip install -q . && .venv/bin/claude-otel-bridge")
+    assert test.strip().endswith("pip install -q -e '.[test]' && .venv/bin/pytest")
+
+
+def test_every_shell_command_is_one_that_a_test_runs() -> None:
+    """The two set-up commands are run by the continuous integration script, the rest here and below."""
+    tested = (
+        r"python3 -m venv \.venv && \.venv/bin/pip install -q (\.|-e '\.\[test\]') && \.venv/bin/\S+",
+        r"export \w+=\S+",
+        r"curl localhost:4318/v1/metrics",
+        r"\.venv/bin/claude-otel-bridge (config show|config check|--help)",
+    )
+    for block in blocks("sh"):
+        for command in block.strip().splitlines():
+            assert any(re.fullmatch(pattern, command) for pattern in tested), command
+    script = (ROOT / ".ci" / "run").read_text()
+    for part in ("python3 -m venv .venv", ".venv/bin/pip install -q -e '.[test]'", ".venv/bin/pytest"):
+        assert part in script
+        assert part in README
+
+
+def test_the_command_examples_run() -> None:
+    for line in re.findall(r"^\.venv/bin/claude-otel-bridge (.+)$", README, re.MULTILINE):
+        command = [sys.executable, "-m", "bridge", *line.split()]
+        assert subprocess.run(command, capture_output=True, timeout=30).returncode == 0, line
+
+
+def test_the_environment_for_claude_code_is_the_landing_page_s(daemon: Daemon) -> None:
+    page = daemon.get("/", {"Host": "localhost:4318"}).text
+    exports = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("export ")]
+    assert len(exports) == 6
+    for line in exports:
+        assert line in page
+
+
+def test_the_shown_samples_have_the_shape_of_the_profile(daemon: Daemon) -> None:
+    shown = [line.rsplit(" ", 2)[0] for line in README.splitlines() if re.match(r"claude_code_\S+ \S+ \d{13}$", line)]
+    served = list(daemon.samples())
+    assert shown
+    assert shown == served[: len(shown)]
+    for family in XRG_PROFILE:
+        assert f"`{family.name}`" in README
+
+
+def test_every_setting_is_described() -> None:
+    paths = []
+    for key, kind in get_type_hints(config.Config).items():
+        members = get_type_hints(kind) if isinstance(kind, type) and hasattr(kind, "__struct_fields__") else {}
+        paths += [f"{key}.{member}" for member in members] or [key]
+    assert set(paths) == set(config.DESCRIPTIONS)
+    for path in paths:
+        assert f"`{path}`" in README, path
+
+
+def test_every_reason_and_own_metric_is_described() -> None:
+    for reason in model.Drop:
+        assert f"| `{reason.value}` |" in README
+        assert reason in model.DROP_TEXT
+    telemetry = Telemetry(lambda: 0.0, Throttle(lambda: 0.0))
+    for family in telemetry.registry.collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        assert name.startswith("process_") or f"`{name}" in README, name
+    for key in otlp.CONTENT_KEYS:
+        assert f"`{key}`" in README
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    """No place of a developer's machine and no registry's host stands in what is published."""
+    forbidden = re.compile(r"/work/|/root/|registry\.npmjs|pypi\.org|proxy\.golang|/shared/|repo1\.maven")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        file = ROOT / name
+        if file != Path(__file__) and file.suffix not in (".bin", ".gz", ".png") and file.is_file():
+            assert not forbidden.search(file.read_text(errors="replace")), name
