@@ -52,7 +52,8 @@ def delta_identity(stream: int, point: DataPoint) -> bytes:
     Two different points collide only where writer, end and stream are equal, and then once in 2**32.
     """
     value = point.value
-    packed = struct.pack("<d", value) if isinstance(value, float) else msgspec.msgpack.encode(value)
+    is_double = isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
+    packed = struct.pack("<d", value) if is_double else msgspec.msgpack.encode(value)
     return struct.pack("<II", stream, zlib.crc32(packed, zlib.crc32(struct.pack("<q", point.start))))
 
 
