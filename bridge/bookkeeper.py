@@ -6,14 +6,14 @@ loop, and nothing of the loop knows what stands here but the receipts and the ch
 """
 
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import msgspec
 
+from bridge.mark import Mark
 from bridge.model import (
     Attributes,
     Batch,
@@ -34,7 +34,6 @@ from bridge.store import (
     MetricRow,
     SeriesRow,
     Snapshot,
-    StateError,
     Store,
     StoreUnavailable,
     StreamRow,
@@ -43,10 +42,14 @@ from bridge.store import (
 )
 from bridge.temporality import IDENTITY_BYTES, Run, advance, begins_run, delta_identity, refusal
 from bridge.tools import claude_code
-from bridge.values import add
+from bridge.usage import UsageBooks, UsageChange
+from bridge.usage_store import TranscriptRow
+from bridge.values import add, subtract
 
 MAX_CACHED = 20_000
 """Streams, series, writers or runs that the writer keeps in memory; beyond it they are read from disk again."""
+MAX_CACHED_TEXT = 16_384
+"""Characters of a metric's and its resource's texts beyond which it is worked out anew each time."""
 MAX_INTEGER = 2**63 - 1
 MAX_TARGETS = 1_000
 MAX_UNIT = 64
@@ -72,13 +75,16 @@ class LedgerSettings(msgspec.Struct, frozen=True):
     dropped: frozenset[str] = frozenset()
     hashed: frozenset[str] = frozenset()
     scope_labels: bool = False
+    source: str = "auto"
 
 
 class Post(NamedTuple):
-    """One request to post: its points, and the body that they came in."""
+    """One request to post: its points, and the body that they came in; or what a transcript says, and its row."""
 
     batch: Batch
-    body: bytes
+    body: bytes = b""
+    transcript: TranscriptRow | None = None
+    is_history: bool = False
 
 
 class Change(NamedTuple):
@@ -91,6 +97,7 @@ class Change(NamedTuple):
     targets: list[TargetRow]
     exemplars: dict[int, Exemplar]
     limited: Counter[str]
+    usage: UsageChange
 
 
 class _Origin(msgspec.Struct, frozen=True):
@@ -106,13 +113,17 @@ class _Origin(msgspec.Struct, frozen=True):
     job: str
     instance: str
     added: tuple[tuple[str, str], ...]
+    target: tuple[tuple[str, str], ...]
     scale: int
     limit: float
 
 
 class _Stream(msgspec.Struct):
+    """`total` is the lifetime total that the stream adds to, `cell` the (session, model, kind) of the join."""
+
     row: StreamRow
     total: str | None
+    cell: tuple[str, str, str] | None
 
 
 class _Books(msgspec.Struct):
@@ -140,16 +151,24 @@ class Bookkeeper:
         settings: LedgerSettings,
         clock_ms: Callable[[], int],
         live: Callable[[int], tuple[int, int]],
+        usage: UsageBooks,
     ) -> None:
         self._store = store
+        self._usage = usage
         self._settings = settings
         self._clock_ms = clock_ms
         self._live = live
         self.is_lost = False
         self._must_reopen = False
+        self.lost = 0
         self._commits = 0
         self._now = 0
         self._secret = b""
+        # Streams find their series anew when a setting that decides about series has changed.
+        self._labelling = [
+            sorted(settings.dropped), sorted(settings.hashed), settings.scope_labels, settings.max_attributes,
+            settings.max_label_length, settings.max_series, settings.max_series_per_metric,
+        ]  # fmt: skip
         self._metrics = 0
         self._books = _Books()
         self._clear()
@@ -163,23 +182,37 @@ class Bookkeeper:
         self._totals: dict[str, int] = {}
         self._targets: dict[tuple[str, str], TargetRow] = {}
 
-    def open(self) -> Snapshot:
-        """Open the state. Raises StateError."""
+    def open(
+        self, mark: Mark | None, was_shown: Callable[[MetricRow, SeriesRow], bool]
+    ) -> tuple[Snapshot, UsageChange]:
+        """Open the state, and go on from the mark if that is ahead of it. Raises StateError.
+
+        `was_shown` tells of a series that is new to the state whether it was served before the state went back.
+        """
+        self._was_shown = was_shown
         self._store.open(self._clock_ms())
         try:
+            if mark is not None:
+                self.lost = self._store.resume(mark.commits, mark.scrapers, mark.joined, self._clock_ms())
             return self._snapshot()
         except StoreUnavailable as error:
-            raise StateError(f"cannot read {self._store.path}: {error}; check the disk", os.EX_IOERR) from error
+            raise self._store.unusable(error) from error
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self) -> tuple[Snapshot, UsageChange]:
         snapshot = self._store.snapshot(self._clock_ms() - self._settings.expiry_ms)
         self._clear()
+        usage = self._usage.load()
         self._commits = snapshot.commits
         self._secret = snapshot.secret
         self._metrics = len(snapshot.metrics)
         self._totals = dict(snapshot.totals)
         self._targets = {(row.job, row.instance): row for row in snapshot.targets}
-        return snapshot
+        return snapshot, usage
+
+    @property
+    def commits(self) -> int:
+        """The number of the last commit."""
+        return self._commits
 
     def lose(self, error: StoreUnavailable) -> None:
         """After a failed transaction: what stands here is worth nothing until `restore` has returned.
@@ -189,13 +222,13 @@ class Bookkeeper:
         self.is_lost = True
         self._must_reopen |= not error.disk_full
 
-    def restore(self) -> Snapshot:
+    def restore(self) -> tuple[Snapshot, UsageChange]:
         """Take the state from the disk again. Raises StoreUnavailable."""
         if self._must_reopen:
             self._store.reopen()
-        snapshot = self._snapshot()
+        loaded = self._snapshot()
         self.is_lost = self._must_reopen = False
-        return snapshot
+        return loaded
 
     def do(self, work: Callable[[], Any]) -> Any:
         """One transaction of somebody else's making; what it changes is read again."""
@@ -215,13 +248,19 @@ class Bookkeeper:
         books = self._books = _Books()
         with self._store.transaction() as committed:
             receipts = [self._post(request) for request in group]
+            if self._settings.source == "transcripts":
+                self._feed_from_transcripts()
+            usage = self._usage.flush(self._commits + 1, self._now)
+            for (tool, kind), value in usage.truth.items():
+                if tool == claude_code.TOOL and kind in claude_code.JOINED_TOTALS:
+                    self._set_total(claude_code.JOINED_TOTALS[kind], value)
             self._write(books)
         if not committed():
             return receipts, None
         self._commits += 1
         change = Change(
             self._commits, list(books.series.values()), books.metrics, books.totals, list(books.targets.values()),
-            books.exemplars, books.limited,
+            books.exemplars, books.limited, usage,
         )  # fmt: skip
         return receipts, change
 
@@ -240,31 +279,47 @@ class Bookkeeper:
         points, refused = request.batch.points, list(request.batch.refused)
         metric: Metric | None = None
         origin: _Origin | Drop
-        posted: list[tuple[_Origin, _Stream, DataPoint]] = []
+        posted: list[tuple[_Origin, _Stream, StreamRow, DataPoint]] = []
         for point in points:
             if point.metric is not metric:
                 metric = point.metric
                 origin = self._origin(metric)
+                if isinstance(origin, _Origin):
+                    self._note_target(origin)
             if isinstance(origin, Drop):
                 refused.append(Refusal(origin, metric.name))
             elif reason := _refusal(origin, point):
                 refused.append(Refusal(reason, metric.name))
             else:
-                posted.append((origin, self._stream(origin, point), point))
-        if any(_needs_body_hash(stream, point) for _, stream, point in posted):
+                stream = self._stream(origin, point)
+                posted.append((origin, stream, stream.row, point))
+        if any(_needs_body_hash(stream, point) for _, stream, _, point in posted):
             body_hash = blake2b(request.body, digest_size=16).digest()
             if body_hash in self._books.requests or self._store.has_request(body_hash):
                 return Receipt(0, len(posted), tuple(refused))
             self._books.requests.add(body_hash)
+        if request.transcript is not None:
+            self._usage.write_transcript(request.transcript)
+        if request.is_history:
+            self._usage.load_history(request.batch.usages, self._now)
+            return Receipt(len(request.batch.usages), 0, ())
         accepted = duplicate = 0
-        for origin, stream, point in posted:
+        is_foreign = request.transcript is None and self._settings.source == "transcripts"
+        for told in () if is_foreign else request.batch.usages:
+            if self._usage.add(told):
+                accepted += 1
+            else:
+                duplicate += 1
+        for origin, stream, row, point in posted:
+            stream.row = row  # points of one body may move a stream from series to series
             outcome = self._post_point(origin, stream, point)
             if isinstance(outcome, Drop):
                 refused.append(Refusal(outcome, point.metric.name))
             elif outcome:
                 accepted += 1
                 if point.exemplar is not None:
-                    self._books.exemplars[stream.row.series] = point.exemplar
+                    known = self._books.exemplars.get(stream.row.series, point.exemplar)
+                    self._books.exemplars[stream.row.series] = max(known, point.exemplar, key=lambda e: e.time)
             else:
                 duplicate += 1
         return Receipt(accepted, duplicate, tuple(refused))
@@ -277,13 +332,37 @@ class Bookkeeper:
         if origin.scale and isinstance(value, int | float):
             value = round(value * origin.scale)
         if metric.temporality is Temporality.CUMULATIVE:
-            return self._advance(stream, value, point)
+            return self._advance(origin, stream, value, point)
         if stream.row.writer and point.time:
             known = self._is_known(stream.row, point)
             if known is not False:
                 return known if isinstance(known, Drop) else False
-        self._add(stream, value, point.time)
+        self._count(origin, stream, value, point.time)
         return True
+
+    def _count(self, origin: _Origin, stream: _Stream, amount: Value, time: int) -> None:
+        """Add to the series, and to what is joined or shown to XRG."""
+        if stream.cell is not None and self._settings.source == "transcripts":
+            return
+        self._add(origin, stream, amount, time)
+        if isinstance(amount, int) and amount:
+            if stream.total is not None:
+                self._set_total(stream.total, self._totals.get(stream.total, 0) + amount)
+            if stream.cell is not None:
+                self._usage.add_metric(claude_code.TOOL, *stream.cell, amount)
+
+    def _feed_from_transcripts(self) -> None:
+        """With transcripts as the only source, they feed the tool's own families; OTLP stays out of those."""
+        for session, model, cell in self._usage.touched():
+            for metric, attributes, worth in claude_code.transcript_series(session, model, cell):
+                origin = self._origin(metric)
+                if isinstance(origin, Drop):
+                    continue
+                stream = self._stream(origin, DataPoint(metric, attributes, 0, 0, worth))
+                # The series shows what the transcripts are worth, and never less than it did.
+                missing = subtract(worth, self._series_row(stream.row.series).value or 0)
+                if missing:
+                    self._add(origin, stream, missing, 0)
 
     # --- what a point changes ---
 
@@ -298,26 +377,41 @@ class Bookkeeper:
         )
         return is_news
 
-    def _add(self, stream: _Stream, amount: Value, time: int) -> None:
+    def _add(self, origin: _Origin, stream: _Stream, amount: Value, time: int) -> None:
         row = self._series_row(stream.row.series)
+        has_left = row.expires and row.seen < self._now - self._settings.expiry_ms
+        if has_left and not self._was_shown(origin.row, row):
+            row = self._return(origin, stream, row)
         total = add(row.value or 0, amount)
         if isinstance(total, int):
             total = max(min(total, MAX_INTEGER), -MAX_INTEGER)
-        if row.expires and row.seen < self._now - self._settings.expiry_ms:
-            row = row._replace(base=row.value or 0, born=self._commits + 1, birth=self._now)
         self._books.series[row.id] = self._series[row.id] = row._replace(
             value=total, time=max(row.time, time), seen=self._now
         )
-        if stream.total is not None and isinstance(amount, int) and amount:
-            self._totals[stream.total] = self._books.totals[stream.total] = self._totals.get(stream.total, 0) + amount
 
-    def _advance(self, stream: _Stream, value: Value, point: DataPoint) -> bool:
+    def _return(self, origin: _Origin, stream: _Stream, row: SeriesRow) -> SeriesRow:
+        """A series that had left comes back as a new counter; above a limit, its stream feeds the overflow series."""
+        if self._limit_met(origin.row.id) is None:
+            self._books.new_series[origin.row.id] += 1
+            return row._replace(base=row.value or 0, born=self._commits + 1, birth=self._now)
+        series = self._series_of(origin.row, "", "", OVERFLOW)
+        self._store.move_stream(stream.row.id, series, stream.row.labelled)
+        stream.row = stream.row._replace(series=series)
+        return self._series_row(series)
+
+    def _set_total(self, key: str, value: int) -> None:
+        """Totals never fall."""
+        value = min(value, MAX_INTEGER)
+        if value > self._totals.get(key, 0):
+            self._totals[key] = self._books.totals[key] = value
+
+    def _advance(self, origin: _Origin, stream: _Stream, value: Value, point: DataPoint) -> bool:
         key, run = self._run_of(stream.row.id, value, point)
         amount, after = advance(run, value, point.time)
         if after == run:
             return False
         self._books.runs[key] = self._runs[key] = after
-        self._add(stream, amount, point.time)
+        self._count(origin, stream, amount, point.time)
         return True
 
     def _run_of(self, stream: int, value: Value, point: DataPoint) -> tuple[tuple[int, int, int], Run | None]:
@@ -361,7 +455,7 @@ class Bookkeeper:
         if known is not None:
             return known
         origin = self._make_origin(metric)
-        if not isinstance(origin, Drop):
+        if not isinstance(origin, Drop) and _text_length(metric) <= MAX_CACHED_TEXT:
             self._origins[metric] = origin
         return origin
 
@@ -369,7 +463,9 @@ class Bookkeeper:
         resource = metric.resource
         namespace, name = resource.get("service.namespace"), resource.get("service.name")
         instance = resource.get("service.instance.id")
-        job, shown_instance = self._cut(f"{namespace}/{name}" if namespace else name), self._cut(instance)
+        shown = self._shown(resource.attributes)
+        parts = [shown[key] for key in ("service.namespace", "service.name") if shown.get(key)]
+        job, shown_instance = self._cut("/".join(parts)), shown.get("service.instance.id", "")
         quantity = claude_code.QUANTITIES.get(metric.name) if metric.kind is Kind.COUNTER else None
         unit = quantity.unit if quantity else metric.unit
         scale = quantity.scale if quantity else 0
@@ -384,29 +480,28 @@ class Bookkeeper:
             row = self._store.add_metric(MetricRow(0, shown_name, metric.kind.value, unit, scale, description))
         self._books.metrics.append(row)
         promoted = self._settings.promoted
-        shown = self._shown(resource.attributes)
-        self._note_target(job, shown_instance, shown)
+        target = tuple((key, text) for key, text in shown.items() if key not in _IDENTIFYING)
         added = [(key, text) for key, text in shown.items() if key in promoted]
         if self._settings.scope_labels:
-            added += [("otel.scope.name", metric.scope.name), ("otel.scope.version", metric.scope.version)]
+            scope = metric.scope
+            added += [("otel_scope_name", self._cut(scope.name)), ("otel_scope_version", self._cut(scope.version))]
         identity = blake2b(
             msgspec.msgpack.encode((metric.name, metric.kind.value, metric.scope.name, namespace, name, instance)),
             digest_size=16,
         )
-        labelled = _digest((row.id, job, shown_instance, added))
-        return _Origin(
-            row, identity, labelled, job, shown_instance, tuple(added), scale, quantity.limit if quantity else 0.0
-        )  # fmt: skip
+        labelled = _digest((row.id, job, shown_instance, added, self._labelling))
+        limit = quantity.limit if quantity else 0.0
+        return _Origin(row, identity, labelled, job, shown_instance, tuple(added), target, scale, limit)
 
-    def _note_target(self, job: str, instance: str, attributes: Mapping[str, str]) -> None:
-        rest = tuple((key, text) for key, text in attributes.items() if key not in _IDENTIFYING)
-        known = self._targets.get((job, instance))
-        if not (job or instance) or not rest or (known is not None and known.attributes == rest):
+    def _note_target(self, origin: _Origin) -> None:
+        """Remember the resource attributes of a job and instance, as the last export had them."""
+        key = (origin.job, origin.instance)
+        known = self._targets.get(key)
+        if not origin.target or not any(key) or (known is not None and known.attributes == origin.target):
             return
         if known is None and len(self._targets) >= MAX_TARGETS:
             return
-        target = TargetRow(job, instance, rest, self._now)
-        self._targets[job, instance] = self._books.targets[job, instance] = target
+        self._targets[key] = self._books.targets[key] = TargetRow(*key, origin.target, self._now)
 
     def _stream(self, origin: _Origin, point: DataPoint) -> _Stream:
         hasher = origin.identity.copy()
@@ -415,8 +510,11 @@ class Bookkeeper:
         stream = self._streams.get(key)
         if stream is None:
             row = self._store.stream(key) or self._add_stream(key, origin, point)
-            total = claude_code.total_key(point.metric.name, point.attributes) if origin.scale else None
-            stream = self._streams[key] = _Stream(row, total)
+            total = cell = None
+            if origin.scale:
+                total = claude_code.total_key(point.metric.name, point.attributes)
+                cell = claude_code.usage_cell(point.metric.name, point.attributes)
+            stream = self._streams[key] = _Stream(row, total, cell)
         if stream.row.labelled != origin.labelled:
             series = self._find_series(origin, point.attributes)
             self._store.move_stream(stream.row.id, series, origin.labelled)
@@ -436,17 +534,22 @@ class Bookkeeper:
         """The series of these labels, made if there is none; above a limit, the metric's overflow series."""
         labels = self._labels(origin, attributes)
         row = self._store.series(_digest((origin.row.id, origin.job, origin.instance, labels)))
-        if row is None:
-            of_metric, in_all = self._live(origin.row.id)
-            new = self._books.new_series
-            for count, setting, most in (
-                (in_all + new.total(), "limits.series", self._settings.max_series),
-                (of_metric + new[origin.row.id], "limits.series_per_metric", self._settings.max_series_per_metric),
-            ):
-                if count >= most:
-                    self._books.limited[setting] += 1
-                    return self._series_of(origin.row, "", "", OVERFLOW)
+        if row is None and self._limit_met(origin.row.id) is not None:
+            return self._series_of(origin.row, "", "", OVERFLOW)
         return self._series_of(origin.row, origin.job, origin.instance, labels)
+
+    def _limit_met(self, metric: int) -> str | None:
+        """The setting that forbids one more series of a metric, counted; None when there is room."""
+        of_metric, in_all = self._live(metric)
+        new = self._books.new_series
+        for count, setting, most in (
+            (in_all + new.total(), "limits.series", self._settings.max_series),
+            (of_metric + new[metric], "limits.series_per_metric", self._settings.max_series_per_metric),
+        ):
+            if count >= most:
+                self._books.limited[setting] += 1
+                return setting
+        return None
 
     def _series_of(self, metric: MetricRow, job: str, instance: str, labels: tuple[tuple[str, str], ...]) -> int:
         key = _digest((metric.id, job, instance, labels))
@@ -455,6 +558,8 @@ class Bookkeeper:
             expires = bool(instance) or any(name == "session.id" for name, _ in labels)
             born, now = self._commits + 1, self._now
             new = SeriesRow(0, metric.id, job, instance, labels, 0, 0, 0, born, now, now, expires)
+            if self._was_shown(metric, new):
+                new = new._replace(born=0)
             row = self._store.add_series(key, new)
             self._books.new_series[metric.id] += 1
             self._books.series[row.id] = row
@@ -497,6 +602,12 @@ class Bookkeeper:
         if row is None:
             row = self._series[series] = self._store.series_by_id(series)
         return row
+
+
+def _text_length(metric: Metric) -> int:
+    """About how much text a metric holds on to."""
+    attributes = sum(len(key) + len(attribute_text(value)) for key, value in metric.resource.attributes)
+    return len(metric.name) + len(metric.description) + len(metric.scope.name) + attributes
 
 
 def _refusal(origin: _Origin, point: DataPoint) -> Drop | None:

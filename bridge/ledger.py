@@ -14,7 +14,7 @@ by stream and start time. After a crash: what was acknowledged is there; the res
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -22,20 +22,32 @@ from typing import Any, NamedTuple
 import msgspec
 
 from bridge.bookkeeper import Bookkeeper, Change, LedgerSettings, Post
-from bridge.model import Batch, Exemplar, Observation, Receipt
+from bridge.mark import Floors, Mark, Shown, series_name, state_of, write_mark
+from bridge.model import Batch, Exemplar, Kind, Observation, Receipt, Usage
 from bridge.store import MetricRow, SeriesRow, Snapshot, Store, StoreUnavailable, TargetRow
+from bridge.usage import Price, Survey, UsageBooks, UsageChange, no_price
+from bridge.usage_store import ModelRow, ServedRow, TranscriptRow
 
 MAX_GROUP = 256
 """Requests that share one commit."""
+MAX_GROUP_POINTS = 20_000
+"""Data points beyond which no more requests join a group, so that one commit stays short."""
 MAX_SCRAPERS = 64
+COUNTING = frozenset({Kind.COUNTER.value, Kind.HISTOGRAM.value, Kind.EXPONENTIAL.value})
+"""Kinds of metrics whose series must not fall while the bridge shows them."""
 
 
 class Series(msgspec.Struct):
-    """One series of the projection. `labels` is the cache of whoever renders it; the exemplar is the newest."""
+    """One series of the projection. `labels` is the cache of whoever renders it; the exemplar is the newest.
+
+    `floor` is what it showed before the database went back, until it has caught up; `name` is its name in the mark.
+    """
 
     row: SeriesRow
     labels: str = ""
     exemplar: Exemplar | None = None
+    floor: Shown | None = None
+    name: bytes = b""
 
 
 class _Request(NamedTuple):
@@ -62,14 +74,24 @@ class Ledger:
         settings: LedgerSettings,
         clock_ms: Callable[[], int],
         failed: Callable[[BaseException], None],
+        price: Price = no_price,
+        normalise: Callable[[str], str] = str,
+        mark: Mark | None = None,
     ) -> None:
         self._store = store
+        self._usage = UsageBooks(store, price, normalise)
         self._settings = settings
         self._clock_ms = clock_ms
         self._failed = failed
         self._queue: SimpleQueue[_Request | _Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._mark = mark
+        self._marking = threading.Lock()
+        self._marked = self._committed = 0
+        self.floors = Floors(mark)
+        self.lost = 0
         self.ready = False
+        self._loaded = asyncio.Event()
         self.healthy = True
         self.commits = 0
         self.metrics: dict[int, MetricRow] = {}
@@ -78,6 +100,9 @@ class Ledger:
         self.totals: dict[str, int] = {}
         self.targets: dict[tuple[str, str], TargetRow] = {}
         self.scrapers: dict[str, int] = {}
+        self.served: dict[tuple[int, str], ServedRow] = {}
+        self.models: dict[int, ModelRow] = {}
+        self.unpriced: dict[int, int] = {}
         self.observers: list[Callable[[Observation], None]] = []
 
     # --- the event loop's side ---
@@ -90,11 +115,59 @@ class Ledger:
         self._thread.start()
         await self._started
 
+    async def wait_ready(self, seconds: float) -> bool:
+        """Wait until the state is loaded, but not longer than `seconds`; whether it is."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._loaded.wait()
+        return self.ready
+
     async def post(self, batch: Batch, body: bytes) -> Receipt:
         """Count the points of one request body; returns after the commit. Raises StoreUnavailable."""
         answer: asyncio.Future[Receipt] = self._loop.create_future()
         self._queue.put(_Request(Post(batch, body), answer))
         return await answer
+
+    async def forget_requests(self, days: float) -> int:
+        """Delete request rows older than `days`, a thousand a transaction; their number. Sums and keys stay."""
+        before = self._clock_ms() - int(days * 86_400_000)
+        gone = 0
+        while count := await self.run(lambda: self._usage.forget_rows(before, 1_000)):
+            gone += count
+        return gone
+
+    async def post_transcript(
+        self, row: TranscriptRow, usages: tuple[Usage, ...], *, is_history: bool
+    ) -> TranscriptRow:
+        """Count what a transcript says, and remember how far it is read. Raises StoreUnavailable."""
+        answer: asyncio.Future[Receipt] = self._loop.create_future()
+        self._queue.put(_Request(Post(Batch([], [], usages), b"", row, is_history), answer))
+        await answer
+        return row if row.id else row._replace(id=-1)
+
+    async def transcripts(self) -> list[TranscriptRow]:
+        """The transcripts that were read, and how far. Raises StoreUnavailable."""
+        rows: list[TranscriptRow] = await self.run(self._usage.transcripts)
+        return rows
+
+    async def roots(self) -> dict[str, bool]:
+        """The roots that were looked at, and whether their history is read. Raises StoreUnavailable."""
+        roots: dict[str, bool] = await self.run(self._usage.roots)
+        return roots
+
+    async def add_root(self, path: str, rows: list[TranscriptRow]) -> list[TranscriptRow]:
+        """Remember the first look at a root. Raises StoreUnavailable."""
+        written: list[TranscriptRow] = await self.run(lambda: self._usage.add_root(path, rows))
+        return written
+
+    async def survey(self) -> Survey:
+        """How the sources agree. Raises StoreUnavailable."""
+        survey: Survey = await self.run(self._usage.survey)
+        return survey
+
+    async def finish_history(self) -> None:
+        """All history is read. Raises StoreUnavailable."""
+        await self.run(self._usage.finish_history)
 
     async def run(self, work: Callable[[], Any]) -> Any:
         """Run `work` in the writer thread in a transaction of its own. Raises StoreUnavailable."""
@@ -103,31 +176,80 @@ class Ledger:
         return await answer
 
     async def forget(self) -> int:
-        """Delete the identities of writers that were silent for the retention time; their number."""
+        """Delete the identities of writers that were silent for the retention time, some at a time; their number."""
         before = self._clock_ms() - self._settings.retention_ms
-        writers: int = await self.run(lambda: self._store.forget(before))
-        return writers
+        gone = 0
+        while count := await self.run(lambda: self._store.forget(before)):
+            gone += count
+        return gone
 
     def expire(self) -> int:
         """Take series out of the projection whose last point is older than the expiry; their number."""
         before = self._clock_ms() - self._settings.expiry_ms
         gone = [row for row in self.rows() if row.expires and row.seen < before]
         for row in gone:
-            del self.families[row.metric][row.id]
+            series = self.families[row.metric].pop(row.id)
+            if series.floor is not None:
+                self.floors.drop(series_name(self.metrics[row.metric], row))
         self.count -= len(gone)
+        self.floors.forget(before)
         return len(gone)
 
     def rows(self) -> Iterator[SeriesRow]:
         """All series of the projection."""
         return (series.row for family in self.families.values() for series in family.values())
 
-    async def note_scraper(self, key: str, shown: int) -> None:
-        """Remember, on disk, the commit that a scraper is about to be shown. Raises StoreUnavailable."""
-        now = self._clock_ms()
-        await self.run(lambda: self._store.write_scraper(key, shown, now, MAX_SCRAPERS))
-        self.scrapers[key] = shown
-        while len(self.scrapers) > MAX_SCRAPERS:
+    def shown_to(self, scraper: str) -> int | None:
+        """The commit that a scraper's last answer showed; None for one that is not known."""
+        return self.scrapers.get(scraper)
+
+    def note_shown(self, scraper: str, commit: int) -> None:
+        """Remember what a scraper is shown; of too many, whoever scraped longest ago is forgotten."""
+        self.scrapers.pop(scraper, None)
+        self.scrapers[scraper] = commit
+        if len(self.scrapers) > MAX_SCRAPERS:
             del self.scrapers[next(iter(self.scrapers))]
+
+    async def commit_shown(self, scraper: str, commit: int) -> None:
+        """The same, on disk, for the scrapers that memory knows and this one. Raises StoreUnavailable."""
+        self.note_shown(scraper, commit)
+        scrapers = list(self.scrapers.items())
+        now = self._clock_ms()
+        await self.run(lambda: self._store.write_scrapers(scrapers, now))
+
+    @property
+    def shown_totals(self) -> Mapping[str, int]:
+        """The lifetime totals, held up where the database has gone back."""
+        return self.floors.lift(self.totals)
+
+    async def write_mark(self) -> None:
+        """Bring the mark beside the database up to date, if something was committed. Raises StoreUnavailable."""
+        commits = max(self.commits, self._committed)
+        has_served = self.totals or self.count or self.served
+        if not self.ready or not has_served or commits == self._marked:
+            return
+        families = [(self.metrics[metric], list(family.values())) for metric, family in self.families.items()]
+        joined = [(self.models[row.model], row) for row in self.served.values()]
+        mark = Mark(
+            commits,
+            dict(self.shown_totals),
+            tuple((model.tool, model.name, row.kind, row.value) for model, row in joined),
+            self.floors.lost,
+            tuple(self.scrapers),
+        )
+        await asyncio.to_thread(self._write_mark, mark, families)
+
+    def _write_mark(self, mark: Mark, families: list[tuple[MetricRow, list[Series]]]) -> None:
+        """In a thread of its own: the rows that it reads are never changed, only replaced by later ones."""
+        for metric, members in families:
+            if metric.kind in COUNTING:
+                for series in members:
+                    name = series.name = series.name or series_name(metric, series.row)
+                    mark.series[name] = state_of(series.row, series.floor)
+        with self._marking:
+            if mark.commits > self._marked:  # else one that was begun later was faster
+                write_mark(self._store.path.parent, mark)
+                self._marked = mark.commits
 
     async def stop(self) -> None:
         """Post what waits, checkpoint, close."""
@@ -135,17 +257,37 @@ class Ledger:
             self._queue.put(None)
             await self._stopped
 
-    def _load(self, snapshot: Snapshot) -> None:
+    def _load(self, snapshot: Snapshot, usage: UsageChange) -> None:
         self.metrics = {row.id: row for row in snapshot.metrics}
         self.families = {}
         for row in snapshot.series:
-            self.families.setdefault(row.metric, {})[row.id] = Series(row)
+            floor = self.floors.find(self.metrics[row.metric], row)
+            self.families.setdefault(row.metric, {})[row.id] = Series(row, floor=floor)
+        self.floors.forget(self._clock_ms() - self._settings.expiry_ms)
         self.count = len(snapshot.series)
         self.totals = snapshot.totals
+        self.floors.reach(self.totals)
         self.targets = {(row.job, row.instance): row for row in snapshot.targets}
-        self.scrapers = snapshot.scrapers
+        # Memory may be ahead of the disk: what a scraper was shown without a 0 is not noted there.
+        for key, shown in snapshot.scrapers.items():
+            self.scrapers[key] = max(shown, self.scrapers.get(key, 0))
+        self._note_usage(usage)
         self.commits = snapshot.commits
         self.ready = True
+        self._loaded.set()
+
+    def _note_usage(self, usage: UsageChange) -> None:
+        self.models.update((row.id, row) for row in usage.models)
+        self.unpriced.update(usage.unpriced)
+        self.served.update(((row.model, row.kind), row) for row in usage.served)
+
+    def _raise(self, series: Series, row: SeriesRow) -> None:
+        """A held series goes on; one that left and came back is a new counter."""
+        metric = self.metrics[row.metric]
+        if row.born != series.row.born:
+            self.floors.drop(series_name(metric, row))
+        series.row = row
+        series.floor = self.floors.find(metric, row)
 
     def _publish(self, change: Change, seconds: float) -> None:
         self.metrics.update((row.id, row) for row in change.metrics)
@@ -153,14 +295,20 @@ class Ledger:
             family = self.families.setdefault(row.metric, {})
             known = family.get(row.id)
             if known is None:
-                known = family[row.id] = Series(row)
+                known = family[row.id] = Series(row, floor=self.floors.find(self.metrics[row.metric], row))
                 self.count += 1
+            elif known.floor is not None:
+                self._raise(known, row)
             else:
                 known.row = row
-            known.exemplar = change.exemplars.get(row.id, known.exemplar)
+            exemplar = change.exemplars.get(row.id)
+            if exemplar is not None and (known.exemplar is None or exemplar.time >= known.exemplar.time):
+                known.exemplar = exemplar
         self.totals.update(change.totals)
+        self.floors.reach(change.totals)
         for target in change.targets:
             self.targets[target.job, target.instance] = target
+        self._note_usage(change.usage)
         self.commits = change.commits
         for observe in self.observers:
             observe(Observation(seconds, change.limited))
@@ -168,15 +316,16 @@ class Ledger:
     # --- the writer's side ---
 
     def _run(self) -> None:
-        bookkeeper = Bookkeeper(self._store, self._settings, self._clock_ms, self._live)
+        bookkeeper = Bookkeeper(self._store, self._settings, self._clock_ms, self._live, self._usage)
         call = self._loop.call_soon_threadsafe
         try:
-            snapshot = bookkeeper.open()
+            loaded = bookkeeper.open(self._mark, self.floors.knows)
+            self.lost = bookkeeper.lost
         except BaseException as error:
             call(self._started.set_exception, error)
             call(self._stopped.set_result, None)
             return
-        call(self._load, snapshot)
+        call(self._load, *loaded)
         call(self._started.set_result, None)
         try:
             self._serve(bookkeeper)
@@ -196,8 +345,11 @@ class Ledger:
             group: list[_Request] = []
             jobs: list[_Job] = []
             waiting = [self._queue.get()]
-            while len(waiting) < MAX_GROUP and not self._queue.empty():
+            points = 0
+            while len(waiting) < MAX_GROUP and points < MAX_GROUP_POINTS and not self._queue.empty():
                 waiting.append(self._queue.get())
+                if isinstance(waiting[-1], _Request):
+                    points += len(waiting[-1].post.batch.points)
             for task in waiting:
                 match task:
                     case None:
@@ -236,16 +388,17 @@ class Ledger:
         except StoreUnavailable as error:
             self._refuse(bookkeeper, error, [job.answer])
             return
-        self._loop.call_soon_threadsafe(self._finish_job, job, result)
+        self._loop.call_soon_threadsafe(self._finish_job, job, result, bookkeeper.commits)
 
-    def _finish_job(self, job: _Job, result: Any) -> None:
+    def _finish_job(self, job: _Job, result: Any, commits: int) -> None:
         self.healthy = True
+        self._committed = commits
         _resolve(job.answer, result)
 
     def _restore(self, bookkeeper: Bookkeeper) -> None:
         """After a failure the disk says what the state is: a failed sync may have reached it after all."""
         if bookkeeper.is_lost:
-            self._loop.call_soon_threadsafe(self._load, bookkeeper.restore())
+            self._loop.call_soon_threadsafe(self._load, *bookkeeper.restore())
 
     def _refuse(self, bookkeeper: Bookkeeper, error: StoreUnavailable, answers: "list[asyncio.Future[Any]]") -> None:
         bookkeeper.lose(error)

@@ -166,11 +166,77 @@ class Refusal(NamedTuple):
     metric: str
 
 
+class Source(IntEnum):
+    """Who told of an API request."""
+
+    EVENT = 1
+    TRANSCRIPT = 2
+
+
+class CostSource(StrEnum):
+    """Where the cost of a request is from: the tool itself, or the price table. UNPRICED: nobody knows."""
+
+    TOOL = "tool"
+    PRICE = "price"
+    UNPRICED = "unpriced"
+
+
+class Usage(Struct, frozen=True):
+    """One API request as one source tells of it. Token counts are disjoint; `output` includes reasoning.
+
+    `key` names the observation for ever (16 bytes); `request_id` is the API's, empty where the source has none;
+    `message` (8 bytes, or empty) names the response among copies of it; `order` (Unix ms) says which of several
+    copies is the original: the least. `cost` is in nano-dollars, None where the source does not tell it.
+    """
+
+    tool: str
+    source: Source
+    key: bytes
+    session: str
+    model: str
+    time_ms: int
+    input: int
+    output: int
+    cache_read: int
+    cache_write_5m: int
+    cache_write_1h: int
+    request_id: str = ""
+    message: bytes = b""
+    order: int = 0
+    is_sidechain: bool = False
+    web_searches: int = 0
+    speed: str = ""
+    geo: str = ""
+    tier: str = ""
+    cost: int | None = None
+    duration_ms: int | None = None
+    project: str = ""
+    user: str = ""
+
+    @property
+    def cache_write(self) -> int:
+        """Tokens written to caches of any life time."""
+        return self.cache_write_5m + self.cache_write_1h
+
+
+EventValue = str | int | float | bool
+
+
+class Event(Struct, frozen=True):
+    """One log record of a known name: only the attributes that may be looked at. Time in Unix nanoseconds."""
+
+    name: str
+    attributes: dict[str, EventValue]
+    time: int
+    resource: Resource
+
+
 class Batch(NamedTuple):
-    """What one request body holds: the points, and the ones refused for what they are."""
+    """What one request body holds: the points, the ones refused for what they are, and requests that events tell of."""
 
     points: list[DataPoint]
     refused: list[Refusal]
+    usages: tuple[Usage, ...] = ()
 
 
 class Receipt(NamedTuple):

@@ -15,7 +15,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from decimal import Decimal
 from enum import StrEnum
 from hashlib import blake2b
@@ -44,6 +44,8 @@ from bridge.model import (
     Batch,
     DataPoint,
     Drop,
+    Event,
+    EventValue,
     Exemplar,
     ExponentialHistogram,
     Histogram,
@@ -732,35 +734,52 @@ def _trim(offset: int, counts: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
 # --- logs and traces -------------------------------------------------------------------------------------------
 
 
-class Names(NamedTuple):
-    """How many log records (by event name) or spans (by span name) came, and the service.name of the first."""
+class Records(NamedTuple):
+    """What a logs or traces request holds: how many records of which name, the first one's service.name, and the
+    events that were asked for."""
 
     service: str
     counts: Counter[str]
+    events: list[Event]
 
 
-def decode_names(body: bytes, encoding: Encoding, signal: Signal) -> Names:
-    """The names in a logs or traces request; nothing else leaves the decoder."""
-    read = {
-        (Signal.LOGS, Encoding.JSON): _json_event_names,
-        (Signal.LOGS, Encoding.PROTOBUF): _protobuf_event_names,
-        (Signal.TRACES, Encoding.JSON): _json_span_names,
-        (Signal.TRACES, Encoding.PROTOBUF): _protobuf_span_names,
-    }[signal, encoding]
+EventKeys = Mapping[str, frozenset[str]]
+"""Event name -> the attributes of it that may leave the decoder."""
+
+
+def decode_logs(body: bytes, encoding: Encoding, wanted: EventKeys) -> Records:
+    """The log records by event name, and the `wanted` attributes of the events that `wanted` names."""
+    read = _json_log_records if encoding is Encoding.JSON else _protobuf_log_records
+    return _records(lambda: read(body, wanted), Signal.LOGS, encoding)
+
+
+def decode_traces(body: bytes, encoding: Encoding) -> Records:
+    """The spans by name; nothing else of them leaves the decoder."""
+    read = _json_spans if encoding is Encoding.JSON else _protobuf_spans
+    return _records(lambda: read(body), Signal.TRACES, encoding)
+
+
+_RawRecord = tuple[Resource, str, Event | None]
+
+
+def _records(read: Callable[[], Iterator[_RawRecord]], signal: Signal, encoding: Encoding) -> Records:
     names: Counter[str] = Counter()
+    events: list[Event] = []
     service = ""
     try:
-        for count, (resource, name) in enumerate(read(body), 1):
+        for count, (resource, name, event) in enumerate(read(), 1):
             if count > MAX_POINTS:
                 raise TooLarge(f"body has more than {MAX_POINTS} records; {BATCH_ADVICE}")
             service = service or resource.get("service.name")
             names[name] += 1
+            if event is not None:
+                events.append(event)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         _raise_decode_error(error, signal.value, encoding)
-    return Names(service, names)
+    return Records(service, names, events)
 
 
-def _protobuf_event_names(body: bytes) -> Iterator[tuple[Resource, str]]:
+def _protobuf_log_records(body: bytes, wanted: EventKeys) -> Iterator[_RawRecord]:
     request = ExportLogsServiceRequest()
     _parse_protobuf(request, body)
     _bound(request.resource_logs)
@@ -770,21 +789,64 @@ def _protobuf_event_names(body: bytes) -> Iterator[tuple[Resource, str]]:
         for scope_logs in resource_logs.scope_logs:
             _bound(scope_logs.log_records)
             for record in scope_logs.log_records:
-                named = (a.value.string_value for a in record.attributes if a.key == "event.name")
-                yield resource, record.event_name or next(named, "")
+                named = (item.value.string_value for item in record.attributes if item.key == "event.name")
+                name = record.event_name or next(named, "")
+                keys = wanted.get(name)
+                event = None
+                if keys is not None:
+                    attributes = {
+                        item.key: value
+                        for item in record.attributes
+                        if item.key in keys and (value := _protobuf_scalar(item.value)) is not None
+                    }
+                    event = Event(name, attributes, record.time_unix_nano, resource)
+                yield resource, name, event
 
 
-def _json_event_names(body: bytes) -> Iterator[tuple[Resource, str]]:
+def _protobuf_scalar(value: Any) -> EventValue | None:
+    which = value.WhichOneof("value")
+    return getattr(value, which) if which in ("string_value", "int_value", "double_value", "bool_value") else None
+
+
+def _json_log_records(body: bytes, wanted: EventKeys) -> Iterator[_RawRecord]:
     for resource_logs in _members(_parse_json(body), "resourceLogs"):
         resource = _json_resource(resource_logs)
         for scope_logs in _members(resource_logs, "scopeLogs"):
             for record in _members(scope_logs, "logRecords"):
-                attributes = record.get("attributes") or ()
-                named = ((a.get("value") or {}).get("stringValue") for a in attributes if a.get("key") == "event.name")
-                yield resource, _text(record.get("eventName") or next(named, ""))
+                items = record.get("attributes") or ()
+                named = ((i.get("value") or {}).get("stringValue") for i in items if i.get("key") == "event.name")
+                name = _text(record.get("eventName") or next(named, ""))
+                keys = wanted.get(name)
+                event = None
+                if keys is not None:
+                    attributes = {
+                        key: value
+                        for item in items
+                        if (key := item.get("key")) in keys and (value := _json_scalar(item.get("value"))) is not None
+                    }
+                    event = Event(name, attributes, _unsigned(record.get("timeUnixNano")), resource)
+                yield resource, name, event
 
 
-def _protobuf_span_names(body: bytes) -> Iterator[tuple[Resource, str]]:
+def _json_scalar(value: Any) -> EventValue | None:
+    for kind, member in (value or {}).items():
+        if member is None:
+            continue
+        match kind:
+            case "stringValue":
+                return _text(member)
+            case "boolValue":
+                return _bool(member)
+            case "intValue":
+                return _int64(member)
+            case "doubleValue":
+                return _double(member)
+            case _:
+                continue
+    return None
+
+
+def _protobuf_spans(body: bytes) -> Iterator[_RawRecord]:
     request = ExportTraceServiceRequest()
     _parse_protobuf(request, body)
     _bound(request.resource_spans)
@@ -794,15 +856,15 @@ def _protobuf_span_names(body: bytes) -> Iterator[tuple[Resource, str]]:
         for scope_spans in resource_spans.scope_spans:
             _bound(scope_spans.spans)
             for span in scope_spans.spans:
-                yield resource, span.name
+                yield resource, span.name, None
 
 
-def _json_span_names(body: bytes) -> Iterator[tuple[Resource, str]]:
+def _json_spans(body: bytes) -> Iterator[_RawRecord]:
     for resource_spans in _members(_parse_json(body), "resourceSpans"):
         resource = _json_resource(resource_spans)
         for scope_spans in _members(resource_spans, "scopeSpans"):
             for span in _members(scope_spans, "spans"):
-                yield resource, _text(span.get("name"))
+                yield resource, _text(span.get("name")), None
 
 
 # --- answers ---------------------------------------------------------------------------------------------------

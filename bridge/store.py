@@ -13,26 +13,42 @@ Tables, with what bounds them:
   request      body hashes of requests whose points have no identity of their own, 7 days
   total        the lifetime totals of the XRG profile
   target       resource attributes by job and instance
+
+Beside it stand the mark of what was served (bridge/mark.py) and copies, `state-v1-<time>.db`: one an hour while
+something changes, and one before every migration. A migration is one transaction: a crash leaves the old schema or
+the new one.
 """
 
 import contextlib
 import fcntl
 import math
 import os
+import re
+import shutil
 import sqlite3
 import stat
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import msgspec
 
 from bridge.model import ExponentialHistogram, Histogram, Summary, Value
 from bridge.temporality import Run
 
-SCHEMA_VERSION = 1
+MIGRATIONS: tuple[str, ...] = ()
+"""SQL that leads from one schema version to the next: the first from 1 to 2. A new database takes the same way, so
+that an old one that was upgraded and a new one are equal."""
+SCHEMA_VERSION = 1 + len(MIGRATIONS)
 DATABASE = "state.db"
 LOCK = "lock"
+SERVED = "served.bin"
+KEPT_COPIES, KEPT_DAYS = 3, 7
+"""Of every schema version the newest copies stay, and the newest of each of as many days."""
 
 _SCHEMA = """
 create table meta (
@@ -52,8 +68,8 @@ create table stream (
     labelled blob not null
 );
 create table run (
-    stream integer not null, start integer not null, highest not null, first integer not null, last integer not null,
-    inferred integer not null, primary key (stream, start, inferred)
+    stream integer not null, start integer not null, inferred integer not null, highest not null,
+    first integer not null, last integer not null, primary key (stream, start, inferred)
 ) without rowid;
 create table writer (
     id integer primary key, key blob not null unique, latest integer not null, forgotten integer not null,
@@ -70,7 +86,55 @@ create table target (
 ) without rowid;
 create table scraper (
     key text primary key, shown integer not null, seen integer not null
+);
+create table usage (
+    id integer primary key, key blob not null unique, source integer not null, session integer not null,
+    model integer not null, time integer not null, input integer not null, output integer not null,
+    cache_read integer not null, cache_write_5m integer not null, cache_write_1h integer not null,
+    request blob, origin integer not null, is_sidechain integer not null, is_history integer not null,
+    is_counted integer not null, shown_output integer not null, cost integer, cost_source text not null,
+    duration integer, project integer, user integer
+);
+create index usage_time on usage (time);
+create index usage_request on usage (request) where request is not null and not is_history;
+create index usage_group on usage (session, model, input, cache_read) where not is_history;
+create table usage_key (key blob primary key) without rowid;
+create table session (
+    id integer primary key, tool text not null, name text not null, has_metrics integer not null,
+    has_requests integer not null, unique (tool, name)
+);
+create table model (id integer primary key, tool text not null, name text not null, unique (tool, name));
+create table label (id integer primary key, text text not null unique);
+create table cell (
+    session integer not null, model integer not null, input integer not null, output integer not null,
+    cache_read integer not null, cache_write integer not null, cost integer not null, unpriced integer not null,
+    metric_input integer not null, metric_output integer not null, metric_cache_read integer not null,
+    metric_cache_write integer not null, metric_cost integer not null, primary key (session, model)
 ) without rowid;
+create table truth (
+    model integer primary key, input integer not null, output integer not null, cache_read integer not null,
+    cache_write integer not null, cost integer not null, unpriced integer not null, requests integer not null,
+    pool_input integer not null, pool_output integer not null, pool_cache_read integer not null,
+    pool_cache_write integer not null, pool_cost integer not null, pool_unpriced integer not null,
+    pool_metric_input integer not null, pool_metric_output integer not null, pool_metric_cache_read integer not null,
+    pool_metric_cache_write integer not null, pool_metric_cost integer not null
+);
+create table served (
+    model integer not null, kind text not null, value integer not null, born integer not null, birth integer not null,
+    primary key (model, kind)
+) without rowid;
+create table rollup (
+    hour integer not null, model integer not null, session integer not null, project integer not null,
+    user integer not null, requests integer not null, input integer not null, output integer not null,
+    cache_read integer not null, cache_write_5m integer not null, cache_write_1h integer not null,
+    cost integer not null, unpriced integer not null, primary key (hour, model, session, project, user)
+) without rowid;
+create table root (path text primary key, looked integer not null) without rowid;
+create table transcript (
+    id integer primary key, path text not null unique, device integer not null, inode integer not null,
+    head blob not null, history integer not null, history_end integer not null, live integer not null,
+    origin integer not null
+);
 """
 
 
@@ -123,8 +187,10 @@ def prepare_directory(directory: Path) -> str | None:
     return None
 
 
-def lock(directory: Path) -> int:
+def lock(directory: Path, instance: str = "") -> int:
     """Take the one lock of a state directory; the descriptor holds it until the process ends.
+
+    The file names the process and, for `doctor`, what this run of the bridge calls itself.
 
     Raises StateError 75 with the other bridge's process id, 73 when the directory cannot be written.
     """
@@ -136,15 +202,166 @@ def lock(directory: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        owner = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        owner = os.read(descriptor, 64).decode(errors="replace").partition("\n")[0].strip() or "unknown"
         os.close(descriptor)
         raise StateError(
             f"state {directory} is in use by another bridge, pid {owner}; stop it or choose another --state-dir",
             os.EX_TEMPFAIL,
         ) from None
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n{instance}".encode(), 0)
     return descriptor
+
+
+def holder(directory: Path) -> tuple[str, str]:
+    """The process and the name of the bridge that took the lock last; empty where none did."""
+    try:
+        process, _, instance = (directory / LOCK).read_text().partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return "", ""
+    return process.strip(), instance.strip()
+
+
+# --- copies ----------------------------------------------------------------------------------------------------
+
+
+class Copy(NamedTuple):
+    """A copy of the database: its schema version, the commit that it stands at, and its size in bytes."""
+
+    path: Path
+    version: int
+    commits: int
+    size: int
+
+
+_COPY_NAME = re.compile(r"state-v(\d+)-((\d{8})T\d{9})Z\.db")
+
+
+def back_up(directory: Path, target: Path) -> Copy:
+    """Copy the database of a state directory, as of one transaction, to a new file, synced and read again.
+
+    It only reads, whether a bridge runs there or not; nobody waits for it. Raises StateError: 66 when there is no
+    database, 65 when it is damaged, 73 when the target exists or cannot be made, 74 when the disk fails.
+    """
+    source = directory / DATABASE
+    if not source.exists():
+        raise StateError(f"there is no state in {directory}; name its place with --state-dir", os.EX_NOINPUT)
+    try:
+        # The name is taken first: O_EXCL overwrites nothing and follows no link.
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        raise StateError(f"{target} exists already; choose another name", os.EX_CANTCREAT) from None
+    except OSError as error:
+        raise StateError(f"cannot create {target}: {error.strerror}", os.EX_CANTCREAT) from None
+    partial: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        os.close(descriptor)
+        partial = Path(name)
+        with contextlib.closing(_read_only(source)) as connection:
+            connection.execute("vacuum into ?", (str(partial.absolute()),))
+        copy = _read_copy(partial)
+        sync(partial)
+        partial.replace(target)
+        sync(target.parent)
+    except BaseException as error:
+        for leftover in (partial, target):
+            if leftover is not None:
+                leftover.unlink(missing_ok=True)
+        if isinstance(error, sqlite3.Error):
+            reason, code = _verdict(error)
+            raise StateError(f"cannot copy {source} to {target}: {error}; {reason}", code) from None
+        if isinstance(error, OSError):
+            raise StateError(f"cannot write {target}: {error.strerror}", os.EX_IOERR) from None
+        raise
+    return copy._replace(path=target)
+
+
+def _read_copy(path: Path) -> Copy:
+    """What stands in a copy; raises sqlite3.DatabaseError when it is not whole or not ours."""
+    with contextlib.closing(_read_only(path)) as connection:
+        ((finding,),) = connection.execute("pragma quick_check(1)")
+        if finding != "ok":
+            raise sqlite3.DatabaseError(f"database disk image is malformed: {finding}")
+        ((version,),) = connection.execute("pragma user_version")
+        ((commits,),) = connection.execute("select commits from meta")
+    return Copy(path, version, commits, path.stat().st_size)
+
+
+def _read_only(path: Path, mode: str = "mode=ro") -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?{mode}", uri=True, isolation_level=None, timeout=5)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copies(directory: Path) -> list[Path]:
+    """The copies that a bridge made of its database, newest first."""
+    found = (path for path in directory.glob("state-v*.db") if _COPY_NAME.fullmatch(path.name))
+    return sorted((path for path in found if path.stat().st_size), key=lambda path: _copy_name(path)[1], reverse=True)
+
+
+def _copy_name(path: Path) -> tuple[int, str, str]:
+    """Schema version, time and day, as the name says."""
+    version, time, day = _COPY_NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]  # copies() has matched
+    return int(version), time, day
+
+
+def newest_copy_time(directory: Path) -> int:
+    """When the newest copy was made, Unix ms; 0 where there is none."""
+    newest = next(iter(copies(directory)), None)
+    if newest is None:
+        return 0
+    return int(datetime.strptime(_copy_name(newest)[1] + "000Z", "%Y%m%dT%H%M%S%f%z").timestamp() * 1000)
+
+
+def _copy_time(now: int) -> str:
+    return f"{datetime.fromtimestamp(now // 1000, UTC):%Y%m%dT%H%M%S}{now % 1000:03d}"
+
+
+def keep_copy(directory: Path, version: int, now: int) -> Copy:
+    """Copy the database beside itself and remove the copies that this one makes superfluous. Raises StateError."""
+    size = (directory / DATABASE).stat().st_size
+    if shutil.disk_usage(directory).free < 4 * size:
+        raise StateError(f"no room for a copy of {directory / DATABASE}, {size} bytes; free some space", os.EX_IOERR)
+    for found in (*directory.glob(".state-v*"), *directory.glob("state-v*.db")):
+        if found.name.startswith(".") or not found.stat().st_size:  # left by a copy that was cut short
+            found.unlink(missing_ok=True)
+    while (target := directory / f"state-v{version}-{_copy_time(now)}Z.db").exists():
+        now += 1
+    copy = back_up(directory, target)
+    for path in superfluous(copies(directory)):
+        path.unlink(missing_ok=True)
+    return copy
+
+
+def superfluous(newest_first: Iterable[Path]) -> list[Path]:
+    """Which copies need not stay."""
+    kept: Counter[int] = Counter()
+    days: dict[int, set[str]] = {}
+    result = []
+    for path in newest_first:
+        version, _, day = _copy_name(path)
+        of_version = days.setdefault(version, set())
+        is_new_day = day not in of_version and len(of_version) < KEPT_DAYS
+        if kept[version] < KEPT_COPIES or is_new_day:
+            kept[version] += 1
+            of_version.add(day)
+        else:
+            result.append(path)
+    return result
+
+
+def _way_out(directory: Path, version: int) -> str:
+    """What to do when the database cannot be used: the newest copy that this version can read, if there is one."""
+    usable = next((path for path in copies(directory) if _copy_name(path)[0] <= version), None)
+    return f"restore the newest copy, {usable}, as the README says" if usable else "restore a backup"
 
 
 # --- rows ------------------------------------------------------------------------------------------------------
@@ -268,67 +485,100 @@ class Store:
     failed sync only the disk knows what is there.
     """
 
-    def __init__(self, directory: Path, connect: Connect = connect) -> None:
+    def __init__(
+        self, directory: Path, connect: Connect = connect, migrations: tuple[str, ...] = MIGRATIONS
+    ) -> None:  # fmt: skip
         self.path = directory / DATABASE
         self._connect = connect
+        self._migrations = migrations
+        self.version = 1 + len(migrations)
         self._connection: sqlite3.Connection
 
     # Foreign errors stop here.
-    def _execute(self, sql: str, parameters: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+    def execute(self, sql: str, parameters: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        """One statement. Raises StoreUnavailable."""
         try:
             return self._connection.execute(sql, parameters)
         except sqlite3.Error as error:
             raise _unavailable(error) from error
 
-    def _executemany(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    def executemany(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """One statement for each row. Raises StoreUnavailable."""
         try:
             self._connection.executemany(sql, rows)
         except sqlite3.Error as error:
             raise _unavailable(error) from error
 
     def open(self, now: int) -> None:
-        """Open or create the database. StateError 65: newer schema or not ours; 74: cannot be read or written."""
+        """Open, upgrade or create the database. StateError 65: newer schema, not ours, damaged, or gone although the
+        mark beside it says that there was one; 74: cannot be read or written."""
+        directory = self.path.parent
+        way_out = _way_out(directory, self.version)
+        is_missed = (directory / SERVED).exists()
+        if is_missed and not (self.path.exists() and self.path.stat().st_size):
+            raise self._is_gone(way_out)
         try:
             self._connection = self._connect(self.path)
             (version,) = self._connection.execute("pragma user_version").fetchone()
             (tables,) = self._connection.execute("select count(*) from sqlite_schema").fetchone()
-            if version == 0 and tables == 0:
-                self._create(now)
-            elif version > SCHEMA_VERSION:
+            if version == 0 and tables == 0 and is_missed:
+                raise self._is_gone(way_out)
+            if version > self.version:
                 raise StateError(
-                    f"{self.path} has schema {version}, this version knows up to {SCHEMA_VERSION}; install the newer"
-                    " version again",
+                    f"{self.path} has schema {version}, this version knows up to {self.version}; install the newer"
+                    f" version again, or {way_out}",
                     os.EX_DATAERR,
                 )
-            elif version == 0:
+            if version == 0 and tables:
                 raise StateError(
                     f"{self.path} is not a database of this program; move it away or choose another --state-dir",
                     os.EX_DATAERR,
                 )
-            else:
-                self._configure()
+            if 0 < version < self.version:
+                keep_copy(directory, version, now)
+            self._configure()
+            if version < self.version:
+                self._upgrade(version, now)
         except sqlite3.DatabaseError as error:
-            damaged = "malformed" in str(error) or "not a database" in str(error)
-            advice = "restore a backup or move it away" if damaged else "check the disk and its permissions"
-            raise StateError(
-                f"cannot open {self.path}: {error}; {advice}", os.EX_DATAERR if damaged else os.EX_IOERR
-            ) from None
+            raise self.unusable(error) from None
         with contextlib.suppress(OSError):
-            for path in self.path.parent.glob(f"{DATABASE}*"):
+            for path in directory.glob(f"{DATABASE}*"):
                 path.chmod(0o600)
+
+    def unusable(self, error: Exception) -> StateError:
+        """What to say of an error that keeps the database from being used."""
+        advice, code = _verdict(error, _way_out(self.path.parent, self.version))
+        return StateError(f"cannot open {self.path}: {error}; {advice}", code)
+
+    def _is_gone(self, way_out: str) -> StateError:
+        return StateError(
+            f"{self.path} is gone or empty, but {SERVED} beside it says that there was one; {way_out}; or remove"
+            f" {SERVED} to begin at 0",
+            os.EX_DATAERR,
+        )
 
     def _configure(self) -> None:
         for pragma in _PRAGMAS:
             self._connection.execute(f"pragma {pragma}")
 
-    def _create(self, now: int) -> None:
-        self._configure()
-        self._connection.execute("begin immediate")
-        for statement in _SCHEMA.split(";"):
-            self._connection.execute(statement)
-        self._connection.execute("insert into meta values (1, 0, ?, ?)", (now, os.urandom(16)))
-        self._connection.execute(f"pragma user_version = {SCHEMA_VERSION}")
-        self._connection.execute("commit")
+    def _upgrade(self, version: int, now: int) -> None:
+        """From an empty database, or from an older schema, to this one, in one transaction."""
+        execute = self._connection.execute
+        execute("begin immediate")
+        try:
+            for number, script in enumerate((_SCHEMA, *self._migrations), 1):
+                if number > version:
+                    for statement in script.split(";"):
+                        execute(statement)
+            if version == 0:
+                execute("insert into meta values (1, 0, ?, ?)", (now, os.urandom(16)))
+            execute(f"pragma user_version = {self.version}")
+            execute("commit")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                if self._connection.in_transaction:
+                    execute("rollback")
+            raise
 
     def reopen(self) -> None:
         """Drop the connection and take a new one: what the disk holds is the state."""
@@ -353,69 +603,93 @@ class Store:
         One that changed nothing costs no sync and gets no commit number; the function that is yielded tells
         afterwards whether there is one.
         """
-        self._execute("begin immediate")
+        self.execute("begin immediate")
         try:
             before = self._connection.total_changes
             yield lambda: self._connection.total_changes > before
             if self._connection.total_changes > before:
-                self._execute("update meta set commits = commits + 1")
-            self._execute("commit")
+                self.execute("update meta set commits = commits + 1")
+            self.execute("commit")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 if self._connection.in_transaction:
                     self._connection.execute("rollback")
             raise
 
+    def resume(
+        self, commits: int, scrapers: Iterable[str], joined: Iterable[tuple[str, str, str, int]], now: int
+    ) -> int:  # fmt: skip
+        """After a return to an older state: go on numbering where `commits` were; how many of them are gone.
+
+        What is here was seen by every scraper that was ever answered; it must not be shown at 0 first again. The
+        joined counters, by tool, model and kind, are at least what they were: their rows hold what was served.
+        """
+        ((found,),) = self.execute("select commits from meta")
+        if found >= commits:
+            return 0
+        with self.transaction():
+            self.execute("update meta set commits = ?", (commits,))
+            self.executemany("insert or replace into scraper values (?, 0, ?)", ((key, now) for key in scrapers))
+            self.execute("update scraper set shown = ?", (commits + 1,))
+            for tool, model, kind, value in joined:
+                self.execute("insert or ignore into model (tool, name) values (?, ?)", (tool, model))
+                self.execute(
+                    "insert into served select id, ?, ?, ?, ? from model where tool = ? and name = ?"
+                    " on conflict do update set value = max(value, excluded.value)",
+                    (kind, value, commits + 1, now, tool, model),
+                )
+        return commits - int(found)
+
     def snapshot(self, expired_before: int) -> Snapshot:
         """What memory needs of the state; series that left before `expired_before` (Unix ms) stay on disk."""
-        self._execute("begin")
+        self.execute("begin")
         try:
-            ((commits, secret),) = self._execute("select commits, secret from meta")
+            ((commits, secret),) = self.execute("select commits, secret from meta")
             return Snapshot(
                 commits,
                 secret,
-                [MetricRow(*row) for row in self._execute("select * from metric")],
+                [MetricRow(*row) for row in self.execute("select * from metric")],
                 [
                     _series_row(row)
-                    for row in self._execute(
+                    for row in self.execute(
                         f"select {_SERIES_COLUMNS} from series where not expires or seen >= ?", (expired_before,)
                     )
                 ],
-                dict(self._execute("select name, value from total").fetchall()),
+                dict(self.execute("select name, value from total").fetchall()),
                 [
                     TargetRow(job, instance, _PAIRS.decode(attributes), seen)
-                    for job, instance, attributes, seen in self._execute("select * from target")
+                    for job, instance, attributes, seen in self.execute("select * from target")
                 ],
-                dict(self._execute("select key, shown from scraper").fetchall()),
+                dict(self.execute("select key, shown from scraper order by rowid").fetchall()),
             )
         finally:
-            self._execute("commit")
+            self.execute("commit")
 
     # --- streams, series, metrics ---
 
     def stream(self, key: bytes) -> StreamRow | None:
-        row = self._execute("select id, series, writer, labelled from stream where key = ?", (key,)).fetchone()
+        row = self.execute("select id, series, writer, labelled from stream where key = ?", (key,)).fetchone()
         return row and StreamRow(*row)
 
     def add_stream(self, key: bytes, series: int, writer: int, labelled: bytes) -> StreamRow:
         sql = "insert into stream (key, series, writer, labelled) values (?, ?, ?, ?)"
-        return StreamRow(_rowid(self._execute(sql, (key, series, writer, labelled))), series, writer, labelled)
+        return StreamRow(_rowid(self.execute(sql, (key, series, writer, labelled))), series, writer, labelled)
 
     def move_stream(self, stream: int, series: int, labelled: bytes) -> None:
-        self._execute("update stream set series = ?, labelled = ? where id = ?", (series, labelled, stream))
+        self.execute("update stream set series = ?, labelled = ? where id = ?", (series, labelled, stream))
 
     def series(self, key: bytes) -> SeriesRow | None:
-        row = self._execute(f"select {_SERIES_COLUMNS} from series where key = ?", (key,)).fetchone()
+        row = self.execute(f"select {_SERIES_COLUMNS} from series where key = ?", (key,)).fetchone()
         return row and _series_row(row)
 
     def series_by_id(self, series: int) -> SeriesRow:
-        row = self._execute(f"select {_SERIES_COLUMNS} from series where id = ?", (series,)).fetchone()
+        row = self.execute(f"select {_SERIES_COLUMNS} from series where id = ?", (series,)).fetchone()
         return _series_row(row)
 
     def add_series(self, key: bytes, row: SeriesRow) -> SeriesRow:
         """Insert a series; the id of `row` is ignored, the result has the right one."""
         labels = msgspec.json.encode(row.labels).decode()
-        cursor = self._execute(
+        cursor = self.execute(
             "insert into series (key, metric, job, instance, labels, value, base, time, born, birth, seen, expires)"
             " values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (key, row.metric, row.job, row.instance, labels, _stored(row.value), _stored(row.base), *row[7:]),
@@ -424,20 +698,20 @@ class Store:
 
     def write_series(self, rows: Iterable[SeriesRow]) -> None:
         """Update what can change of a series."""
-        self._executemany(
+        self.executemany(
             "update series set value = ?, base = ?, time = ?, born = ?, birth = ?, seen = ? where id = ?",
             ((_stored(row.value), _stored(row.base), row.time, row.born, row.birth, row.seen, row.id) for row in rows),
         )
 
     def metric(self, name: str, kind: str, unit: str) -> MetricRow | None:
-        row = self._execute(
+        row = self.execute(
             "select * from metric where name = ? and kind = ? and unit = ?", (name, kind, unit)
         ).fetchone()
         return row and MetricRow(*row)
 
     def add_metric(self, row: MetricRow) -> MetricRow:
         """Insert a metric; the id of `row` is ignored, the result has the right one."""
-        cursor = self._execute(
+        cursor = self.execute(
             "insert into metric (name, kind, unit, scale, description) values (?, ?, ?, ?, ?)", row[1:]
         )
         return row._replace(id=_rowid(cursor))
@@ -446,33 +720,33 @@ class Store:
 
     def writer(self, key: bytes, seen: int) -> WriterRow:
         """The writer of this key, made if there is none."""
-        row = self._execute("select id, latest, forgotten from writer where key = ?", (key,)).fetchone()
+        row = self.execute("select id, latest, forgotten from writer where key = ?", (key,)).fetchone()
         if row:
             return WriterRow(*row)
-        cursor = self._execute(
+        cursor = self.execute(
             "insert into writer (key, latest, forgotten, seen) values (?, 0, -1, ?)", (key, seen)
         )  # fmt: skip
         return WriterRow(_rowid(cursor), 0, -1)
 
     def writer_by_id(self, writer: int) -> WriterRow:
         return WriterRow(
-            *self._execute("select id, latest, forgotten from writer where id = ?", (writer,)).fetchone()
+            *self.execute("select id, latest, forgotten from writer where id = ?", (writer,)).fetchone()
         )  # fmt: skip
 
     def write_writers(self, rows: Iterable[tuple[int, int, int]]) -> None:
         """Rows of (latest, seen, id)."""
-        self._executemany("update writer set latest = ?, seen = ? where id = ?", rows)
+        self.executemany("update writer set latest = ?, seen = ? where id = ?", rows)
 
     def delta_members(self, writer: int, time: int) -> bytes:
-        row = self._execute("select members from delta_point where writer = ? and time = ?", (writer, time)).fetchone()
+        row = self.execute("select members from delta_point where writer = ? and time = ?", (writer, time)).fetchone()
         return row[0] if row else b""
 
     def write_delta_members(self, rows: Iterable[tuple[int, int, bytes]]) -> None:
-        self._executemany("insert or replace into delta_point (writer, time, members) values (?, ?, ?)", rows)
+        self.executemany("insert or replace into delta_point (writer, time, members) values (?, ?, ?)", rows)
 
     def run(self, stream: int, start: int) -> Run | None:
         """The run of a stream that began at `start`."""
-        row = self._execute(
+        row = self.execute(
             "select highest, first, last from run where stream = ? and start = ? and inferred = 0", (stream, start)
         ).fetchone()
         return row and _run(row)
@@ -482,7 +756,7 @@ class Store:
 
         The run's start, whether that is inferred, the run, and whether it is the stream's current one.
         """
-        row = self._execute(
+        row = self.execute(
             "select start, inferred, highest, first, last, first = (select max(first) from run where stream = ?1)"
             " from run where stream = ?1 order by first <= ?2 desc, abs(first - ?2) limit 1",
             (stream, time),
@@ -491,49 +765,54 @@ class Store:
 
     def write_runs(self, runs: Mapping[tuple[int, int, int], Run]) -> None:
         """Runs by (stream, start, whether the start is inferred)."""
-        self._executemany(
+        self.executemany(
             "insert or replace into run (stream, start, inferred, highest, first, last) values (?, ?, ?, ?, ?, ?)",
             ((*key, _stored(run.highest), run.first, run.last) for key, run in runs.items()),
         )
 
     def has_request(self, body_hash: bytes) -> bool:
-        return self._execute("select 1 from request where hash = ?", (body_hash,)).fetchone() is not None
+        return self.execute("select 1 from request where hash = ?", (body_hash,)).fetchone() is not None
 
     def write_requests(self, hashes: Iterable[bytes], seen: int) -> None:
-        self._executemany("insert into request values (?, ?)", ((body_hash, seen) for body_hash in hashes))
+        self.executemany("insert into request values (?, ?)", ((body_hash, seen) for body_hash in hashes))
 
     def forget(self, before: int) -> int:
         """Delete the identities of writers that were silent since `before` (Unix ms); the number of writers.
 
         The mark stays: the latest end of each forgotten writer. Cumulative runs stay.
         """
-        self._execute("delete from request where seen < ?", (before,))
-        writers = self._execute(
+        self.execute("delete from request where seen < ?", (before,))
+        writers = self.execute(
             "select id from writer where seen < ? and forgotten < latest limit 1000", (before,)
         ).fetchall()
         for (writer,) in writers:
-            self._execute("delete from delta_point where writer = ?", (writer,))
-            self._execute("update writer set forgotten = latest where id = ?", (writer,))
+            self.execute("delete from delta_point where writer = ?", (writer,))
+            self.execute("update writer set forgotten = latest where id = ?", (writer,))
         return len(writers)
 
     # --- totals, targets, scrapers ---
 
     def write_totals(self, totals: Iterable[tuple[str, int]]) -> None:
-        self._executemany("insert or replace into total values (?, ?)", totals)
+        self.executemany("insert or replace into total values (?, ?)", totals)
 
     def write_target(self, target: TargetRow) -> None:
         attributes = msgspec.json.encode(target.attributes).decode()
-        self._execute(
+        self.execute(
             "insert or replace into target values (?, ?, ?, ?)",
             (target.job, target.instance, attributes, target.seen),
         )
 
-    def write_scraper(self, key: str, shown: int, seen: int, keep: int) -> None:
-        """Note the commit that a scraper was shown; only the `keep` latest scrapers are kept."""
-        self._execute("insert or replace into scraper values (?, ?, ?)", (key, shown, seen))
-        self._execute(
-            "delete from scraper where key not in (select key from scraper order by seen desc limit ?)", (keep,)
-        )
+    def write_scrapers(self, scrapers: Iterable[tuple[str, int]], seen: int) -> None:
+        """Note the commits that scrapers were shown, from the one that scraped longest ago to the latest."""
+        self.execute("delete from scraper")
+        self.executemany("insert into scraper values (?, ?, ?)", ((key, shown, seen) for key, shown in scrapers))
+
+
+def _verdict(error: Exception, way_out: str = "restore a backup") -> tuple[str, int]:
+    """What to do about an error that keeps a database from being used, and the exit code."""
+    if "malformed" in str(error) or "not a database" in str(error) or "no such table" in str(error):
+        return f"{way_out}, or move it away", os.EX_DATAERR
+    return "check the disk and its permissions", os.EX_IOERR
 
 
 def _rowid(cursor: sqlite3.Cursor) -> int:
@@ -543,3 +822,39 @@ def _rowid(cursor: sqlite3.Cursor) -> int:
 def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
     name = getattr(error, "sqlite_errorname", type(error).__name__)
     return StoreUnavailable(f"{error} ({name})", disk_full=name == "SQLITE_FULL")
+
+
+# --- a look from outside ---------------------------------------------------------------------------------------
+
+
+class Inspection(NamedTuple):
+    """What `doctor` asks of a database. Only `version` is set where the schema is not this program's."""
+
+    version: int
+    commits: int = 0
+    has_deltas: bool = False
+    has_runs: bool = False
+    scrapers: tuple[tuple[str, int], ...] = ()
+
+
+def inspect(directory: Path) -> Inspection | None:
+    """A look at the database, also while a bridge writes it; None where there is none. Raises StoreUnavailable."""
+    path = directory / DATABASE
+    try:
+        if not path.exists():
+            return None
+        # Without a WAL nobody has it open, and reading it in the usual way would leave files behind.
+        mode = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
+        with contextlib.closing(_read_only(path, mode)) as connection:
+            (version,) = connection.execute("pragma user_version").fetchone()
+            if version != SCHEMA_VERSION:
+                return Inspection(version)
+            row = connection.execute(
+                "select commits, exists (select 1 from delta_point), exists (select 1 from run) from meta"
+            ).fetchone()
+            scrapers = connection.execute("select key, seen from scraper order by seen desc").fetchall()
+            return Inspection(version, row[0], bool(row[1]), bool(row[2]), tuple(scrapers))
+    except sqlite3.Error as error:
+        raise _unavailable(error) from error
+    except OSError as error:
+        raise StoreUnavailable(f"{path}: {error.strerror}") from error

@@ -7,6 +7,8 @@ The log is one line a fact, on standard error, as text or JSON. Lines about what
 
 import json
 import logging
+import logging.handlers
+import os
 import platform
 import resource
 import sys
@@ -29,10 +31,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics_exposition
 from prometheus_client.registry import Collector
 
-from bridge import __version__
+from bridge import __version__, supervisor
 from bridge.exposition import Format
 from bridge.model import Observation
 
+MAX_LOG_BYTES = 10 * 2**20
+LOG_FILES = 3
 MAX_NAMES = 100
 """Distinct event and span names that get a series of their own; the rest is `other`."""
 
@@ -87,10 +91,35 @@ class Telemetry:
             registry=registry,
         )  # fmt: skip
         self.series = Gauge("bridge_series", "Series shown on /metrics.", registry=registry)
+        self.lost = Counter(
+            "bridge_state_lost_commits", "Commits that had been served and that the state did not have at the start.",
+            registry=registry,
+        )  # fmt: skip
+        self.held = Gauge(
+            "bridge_held", "Totals and series shown at what they were before the state went back.", registry=registry
+        )
         self.storage_ok = Gauge("bridge_storage_ok", "Whether the last commit succeeded.", registry=registry)
         self.grpc_attempts = Counter(
             "bridge_grpc_attempts", "Connections of gRPC clients, which this port cannot serve.", registry=registry
         )
+        self.wrong_path = Counter(
+            "bridge_wrong_path", "Requests posted to paths where nothing is served.", registry=registry
+        )
+        self.transcript_files = Gauge("bridge_transcript_files", "Transcripts that are followed.", registry=registry)
+        self.transcript_bytes = Counter("bridge_transcript_bytes", "Bytes of transcripts read.", registry=registry)
+        self.transcript_errors = Counter(
+            "bridge_transcript_errors", "Transcripts that could not be read.", registry=registry
+        )
+        self.transcript_refused = Counter(
+            "bridge_transcript_lines_refused", "Lines of transcripts refused, by reason.", ["reason"], registry=registry
+        )
+        self.joined = Gauge(
+            "bridge_joined_tokens", "Tokens as each source adds up to them, and joined.", ["source"], registry=registry
+        )
+        self.conflicts = Gauge(
+            "bridge_join_conflict_sessions", "Sessions that may be one under two ids: seen by one source alone while"
+            " another is seen by the other alone.", registry=registry,
+        )  # fmt: skip
         registry.register(_process_collector())
         self._names: dict[Counter, set[str]] = {}
         self._tools: set[str] = set()
@@ -188,9 +217,12 @@ class TextFormatter(logging.Formatter):
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {key}={_quoted(value)}" for key, value in _fields(record).items())
         when = f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z"
-        return f"{when} {record.levelname.lower()} {_one_line(record.getMessage())}{fields}{_trace(self, record)}"
+        return f"{when} {self.undated(record)}"
+
+    def undated(self, record: logging.LogRecord) -> str:
+        fields = "".join(f" {key}={_quoted(value)}" for key, value in _fields(record).items())
+        return f"{record.levelname.lower()} {_one_line(record.getMessage())}{fields}{_trace(self, record)}"
 
 
 def _quoted(value: object) -> str:
@@ -204,13 +236,46 @@ class JsonFormatter(logging.Formatter):
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
+        return self._object(record, time=f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z")
+
+    def undated(self, record: logging.LogRecord) -> str:
+        return self._object(record)
+
+    def _object(self, record: logging.LogRecord, **when: str) -> str:
         entry = {
-            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
+            **when,
             "level": record.levelname.lower(),
             "message": record.getMessage() + _trace(self, record),
             **_fields(record),
         }
         return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+class JournalFormatter(logging.Formatter):
+    """A line for the systemd journal: `<4>` for its priority in syslog's numbers, and no time, which it knows."""
+
+    def __init__(self, line: TextFormatter | JsonFormatter) -> None:
+        super().__init__()
+        self._line = line
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = record.levelno
+        priority = 7 if level < logging.INFO else 6 if level < logging.WARNING else 4 if level < logging.ERROR else 3
+        return f"<{priority}>{self._line.undated(record)}"
+
+
+class _RotatedFile(logging.handlers.RotatingFileHandler):
+    """The log in files of our own: MAX_LOG_BYTES each, LOG_FILES old ones. A symbolic link is not followed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, maxBytes=MAX_LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8")
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=_open_no_link)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
@@ -225,14 +290,22 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
     return f": {kind.__name__}{place}"
 
 
-def configure_log(kind: str, level: str) -> None:
-    """Send the log to standard error. `kind` is `text` or `json`."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if kind == "json" else TextFormatter())
+def configure_log(kind: str, level: str, file: str) -> None:
+    """Send the log to a file that is rotated, if one is named, else to standard error. `kind` is `text` or `json`."""
+    line = JsonFormatter() if kind == "json" else TextFormatter()
+    handler: logging.Handler
+    if file:
+        path = Path(file).expanduser()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handler = _RotatedFile(path)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JournalFormatter(line) if not file and supervisor.is_journal(2) else line)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it has a line for every change
 
 
 class Throttle:
@@ -245,6 +318,14 @@ class Throttle:
         self._left_out: dict[str, int] = {}
 
     def warning(self, reason: str, message: str, **fields: object) -> None:
+        """A line about something that an operator may want to change."""
+        self._log(logging.WARNING, reason, message, fields)
+
+    def info(self, reason: str, message: str, **fields: object) -> None:
+        """A line about how something gets on."""
+        self._log(logging.INFO, reason, message, fields)
+
+    def _log(self, level: int, reason: str, message: str, fields: dict[str, object]) -> None:
         now = self._clock()
         if now - self._last.get(reason, -self._seconds) < self._seconds:
             self._left_out[reason] = self._left_out.get(reason, 0) + 1
@@ -252,4 +333,4 @@ class Throttle:
         self._last[reason] = now
         if count := self._left_out.pop(reason, 0):
             fields["left_out"] = count
-        log.warning(message, extra=fields)
+        log.log(level, message, extra=fields)

@@ -130,7 +130,16 @@ def points(requests: Iterable[Request]) -> Iterator[Point]:
 
 
 def true_totals(requests: Iterable[Request]) -> Totals:
-    """What these requests add up to, in whatever order and however often they are sent."""
+    """What the metrics of these requests add up to, in whatever order and however often they are sent."""
+    sums: dict[tuple[str, str, str], Fraction] = {}
+    for (metric, kind, decision, model), value in _sums(requests, "type", "decision", "model").items():
+        key = (metric, kind or decision, model)
+        sums[key] = sums.get(key, Fraction()) + value
+    return {key: rounded(value, DIGITS[key[0]]) for key, value in sums.items()}
+
+
+def _sums(requests: Iterable[Request], *keys: str) -> dict[tuple[str, ...], Fraction]:
+    """The sums of distinct points by metric and the values of some attributes."""
     deltas: set[Point] = set()
     highest: dict[Point, Fraction] = {}
     for point in points(requests):
@@ -139,12 +148,68 @@ def true_totals(requests: Iterable[Request]) -> Totals:
         else:
             run = point._replace(time=0, value=Fraction())
             highest[run] = max(point.value, highest.get(run, Fraction()))
-    sums: dict[tuple[str, str, str], Fraction] = {}
+    sums: dict[tuple[str, ...], Fraction] = {}
     for point, value in [*((point, point.value) for point in deltas), *highest.items()]:
         attributes = dict(point.attributes)
-        key = (point.metric, attributes.get("type", attributes.get("decision", "")), attributes.get("model", ""))
+        key = (point.metric, *(attributes.get(name, "") for name in keys))
         sums[key] = sums.get(key, Fraction()) + value
-    return {key: rounded(value, DIGITS[key[0]]) for key, value in sums.items()}
+    return sums
+
+
+KINDS = {
+    "input": "input_tokens",
+    "output": "output_tokens",
+    "cacheRead": "cache_read_tokens",
+    "cacheCreation": "cache_creation_tokens",
+}
+
+
+def api_requests(requests: Iterable[Request]) -> dict[tuple[str, ...], dict[str, str]]:
+    """The api_request events of the logs requests, each once: by request id, or by all that an old client tells."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for request in requests:
+        if request.path != "/v1/logs":
+            continue
+        message = request.message
+        assert isinstance(message, ExportLogsServiceRequest)
+        for resource in message.resource_logs:
+            for scope in resource.scope_logs:
+                for record in scope.log_records:
+                    values = ((a.key, a.value, a.value.WhichOneof("value")) for a in record.attributes)
+                    event = {key: str(getattr(value, which)) for key, value, which in values if which}
+                    if event.get("event.name") == "api_request":
+                        told = tuple(sorted(event.items()))
+                        found[(event["request_id"],) if "request_id" in event else tuple(map(str, told))] = event
+    return found
+
+
+def joined_totals(requests: Iterable[Request]) -> Totals:
+    """The truth with events beside metrics: for each session, model and type the larger of both sums."""
+    requests = list(requests)
+    metrics: dict[tuple[str, str], Counter[str]] = {}
+    for key, value in _sums(requests, "session.id", "model", "type").items():
+        name, session, model, kind = key
+        if name in ("claude_code.token.usage", "claude_code.cost.usage"):
+            metrics.setdefault((session, model), Counter())[kind or "cost"] = value  # type: ignore[assignment]
+    events: dict[tuple[str, str], Counter[str]] = {}
+    for event in api_requests(requests).values():
+        told = events.setdefault((event["session.id"], event["model"]), Counter())
+        told["cost"] += Fraction(event["cost_usd"])  # type: ignore[assignment]  # a Counter of fractions
+        for kind, key in KINDS.items():
+            told[kind] += int(event[key])
+    totals = dict(true_totals(requests))
+    for cell in events:
+        metric, told = metrics.get(cell, Counter()), events[cell]
+        beyond = {kind: max(0, told[kind] - metric[kind]) for kind in KINDS}
+        for kind, count in beyond.items():
+            if count:
+                key = ("claude_code.token.usage", kind, cell[1])
+                totals[key] = totals.get(key, Decimal()) + Decimal(int(count))
+        if any(beyond.values()) and all(told[kind] >= metric[kind] for kind in KINDS):
+            key = ("claude_code.cost.usage", "", cell[1])
+            extra = rounded(Fraction(max(Fraction(), told["cost"] - Fraction(metric["cost"]))), 9)
+            totals[key] = totals.get(key, Decimal()) + extra
+    return totals
 
 
 def rounded(value: Fraction, digits: int) -> Decimal:
@@ -217,9 +282,9 @@ def own_metric(daemon: Daemon, name: str) -> Decimal:
     return sum((Decimal(value) for sample, value in samples if sample.partition("{")[0] == name), Decimal())
 
 
-def assert_shows(daemon: Daemon, totals: Totals) -> None:
-    """Both views show exactly these totals, and no point was dropped."""
-    assert shown_to_xrg(daemon) == xrg_samples(totals)
+def assert_shows(daemon: Daemon, totals: Totals, joined: Totals | None = None) -> None:
+    """Both views show exactly these totals, XRG's the joined ones, and no point was dropped."""
+    assert shown_to_xrg(daemon) == xrg_samples(totals if joined is None else joined)
     assert shown_to_prometheus(daemon) == totals
     assert own_metric(daemon, "bridge_points_dropped_total") == 0
 

@@ -46,7 +46,7 @@ from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import Ledger
 from bridge.model import Batch, Receipt
 from bridge.otlp import Encoding, decode_metrics
-from bridge.store import DATABASE, Connect, SeriesRow, Store, connect
+from bridge.store import DATABASE, Connect, SeriesRow, Store
 
 CASES = Path(__file__).parent / "cases"
 WAYS = ("as written", "killed after every body", "in one commit", "without a cache")
@@ -66,11 +66,15 @@ class Body(NamedTuple):
     data: bytes
 
 
+class Unsynced(sqlite3.Connection):
+    """A connection that does not wait for the disk: what is tested here is not power loss."""
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return super().execute("pragma synchronous = off" if sql.startswith("pragma synchronous") else sql, parameters)
+
+
 def unsynced(path: Path) -> sqlite3.Connection:
-    """The store's own connection, but it does not wait for the disk: what is tested here is not power loss."""
-    connection = connect(path)
-    connection.execute("pragma synchronous = off")
-    return connection
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5, factory=Unsynced)
 
 
 class Rig:

@@ -48,7 +48,18 @@ from bridge.model import (
     Typed,
     Value,
 )
-from bridge.otlp import DecodeError, Encoding, Signal, TooLarge, decode_metrics, decode_names, decompress
+from bridge.otlp import (
+    DecodeError,
+    Encoding,
+    Records,
+    Signal,
+    TooLarge,
+    decode_logs,
+    decode_metrics,
+    decode_traces,
+    decompress,
+)
+from bridge.tools.claude_code import EVENT_KEYS
 from tests.recordings import ALL_REQUESTS
 
 START, TIME = 1_795_235_255_603_000_000, 1_795_235_315_603_000_000
@@ -1140,6 +1151,26 @@ def test_logs_and_spans_are_counted_by_name(signal: Signal, body: dict[str, Any]
     message = json_format.ParseDict(body, kind())
     assert decode_names(json.dumps(body).encode(), Encoding.JSON, signal).counts == names
     assert decode_names(message.SerializeToString(), Encoding.PROTOBUF, signal).counts == names
+
+
+def decode_names(body: bytes, encoding: Encoding, signal: Signal) -> Records:
+    return decode_logs(body, encoding, EVENT_KEYS) if signal is Signal.LOGS else decode_traces(body, encoding)
+
+
+@pytest.mark.parametrize("encoding", Encoding)
+def test_of_an_event_only_what_was_asked_for_leaves_the_decoder(encoding: Encoding) -> None:
+    attributes = {"event.name": "tool_result", "tool_name": "Bash", "success": "true", "tool_parameters": "canary"}
+    items = [{"key": key, "value": {"stringValue": text}} for key, text in attributes.items()]
+    items.append({"key": "duration_ms", "value": {"intValue": "12"}})
+    items.append({"key": "tool_use_id", "value": {"kvlistValue": {"values": []}}})
+    record = {"attributes": items, "body": {"stringValue": "canary"}, "timeUnixNano": "7"}
+    body = log_request(record, {"attributes": [{"key": "event.name", "value": {"stringValue": "hook_registered"}}]})
+    sent = json.dumps(body).encode()
+    if encoding is Encoding.PROTOBUF:
+        sent = json_format.ParseDict(body, ExportLogsServiceRequest()).SerializeToString()
+    (event,) = decode_logs(sent, encoding, EVENT_KEYS).events
+    kept = {"event.name": "tool_result", "tool_name": "Bash", "success": "true", "duration_ms": 12}
+    assert (event.name, event.attributes, event.time) == ("tool_result", kept, 7)
 
 
 @pytest.mark.parametrize("path", ["/v1/logs", "/v1/traces"])

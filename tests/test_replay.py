@@ -24,6 +24,7 @@ from tests.recordings import (
     Request,
     assert_shows,
     delta_body,
+    joined_totals,
     shown_to_prometheus,
     shown_to_xrg,
     true_totals,
@@ -56,7 +57,7 @@ def test_every_run_adds_its_true_totals(daemon: Daemon) -> None:
         for request in requests:
             posted(daemon, request)
         sent += requests
-        assert_shows(daemon, true_totals(sent))
+        assert_shows(daemon, true_totals(sent), joined_totals(sent))
 
 
 @pytest.mark.parametrize(("run", "truth"), [("v329-f503long", 2210), ("v329-resume-cumulative", 306)])
@@ -74,7 +75,7 @@ def test_every_body_three_times_in_any_order_counts_once(daemon: Daemon) -> None
     with xrg_polls(daemon) as polls:
         for request in requests:
             posted(daemon, request)
-    assert_shows(daemon, true_totals(ALL_REQUESTS))
+    assert_shows(daemon, true_totals(ALL_REQUESTS), joined_totals(ALL_REQUESTS))
     assert_rises_to_truth(polls)
 
 
@@ -83,7 +84,7 @@ def test_every_body_in_every_encoding_in_any_order_counts_once(daemon: Daemon) -
     random.Random(2).shuffle(requests)
     for request in requests:
         posted(daemon, request)
-    assert_shows(daemon, true_totals(ALL_REQUESTS))
+    assert_shows(daemon, true_totals(ALL_REQUESTS), joined_totals(ALL_REQUESTS))
 
 
 def encodings(request: Request) -> Iterator[Request]:
@@ -110,12 +111,12 @@ def test_sigkill_at_any_moment_loses_and_doubles_nothing(daemon: Daemon, seed: i
             daemon.start()
         for answer in acknowledged:
             answer.result()
-    assert_shows(daemon, true_totals(ALL_REQUESTS))
+    assert_shows(daemon, true_totals(ALL_REQUESTS), joined_totals(ALL_REQUESTS))
     assert_rises_to_truth(polls)
     daemon.restart()
     for request in requests:
         posted(daemon, request)
-    assert_shows(daemon, true_totals(ALL_REQUESTS))
+    assert_shows(daemon, true_totals(ALL_REQUESTS), joined_totals(ALL_REQUESTS))
 
 
 def post_until_acknowledged(daemon: Daemon, request: Request) -> None:
@@ -163,7 +164,7 @@ def xrg_polls(daemon: Daemon) -> Iterator[list[XRG]]:
 def assert_rises_to_truth(polls: list[XRG]) -> None:
     """The tokens that XRG showed never fell, never jumped by more than was sent, and ended at the truth."""
     tokens = [poll.tokens for poll in polls]
-    samples = xrg_samples(true_totals(ALL_REQUESTS))
+    samples = xrg_samples(joined_totals(ALL_REQUESTS))
     truth = [value for name, value in samples.items() if "token_usage" in name]
     assert tokens == sorted(tokens)
     assert len(set(tokens)) > 3, "the polls saw no movement"

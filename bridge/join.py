@@ -1,0 +1,141 @@
+"""The join of sources: what metrics, events and transcripts together say was used. Pure.
+
+The same usage can arrive as metrics (exact, late, lost while the bridge is down), as events (per request) and as
+transcript lines (at once, without auxiliary calls). Adding them would double; letting one own a session would lose
+what only another saw. So requests of events and transcripts are united into one multiset, and a cell (tool, session,
+model, token type) is the larger of that and of what the metrics add up to. Every function here depends on the set
+of what was seen, never on the order in which it came.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from bridge.model import Source
+
+KINDS = ("input", "output", "cache_read", "cache_write")
+Tokens = tuple[int, int, int, int]
+"""Token counts in the order of KINDS."""
+NO_TOKENS: Tokens = (0, 0, 0, 0)
+_WEIGHTS = (20, 100, 2, 25)
+"""What a token of each kind costs relative to the others, for sharing out a cost whose parts are not known."""
+
+
+class Observed(NamedTuple):
+    """One request as one source saw it, among those of equal session, model, input and cache tokens.
+
+    `key` is the same in whatever order rows come, unlike `id`.
+    `has_id`: the source knows the API's request id. `is_united`: a row of the other source has the same id.
+    `is_copy`: a side-chain's replay of a response that stands elsewhere.
+    """
+
+    id: int
+    key: bytes
+    source: Source
+    output: int
+    has_id: bool
+    is_united: bool
+    is_copy: bool
+
+
+class Verdict(NamedTuple):
+    """Whether a row counts, and with which output."""
+
+    is_counted: bool
+    output: int
+
+
+def unite(rows: Iterable[Observed]) -> dict[int, Verdict]:
+    """What each row of a group counts as.
+
+    Rows with one request id are one request, told by the event. Of the others an event and a transcript line are
+    the same request unless both have ids; the group holds as many requests as the larger side, and each pair takes
+    the larger output. Pairing is by descending output, so it does not depend on the order of arrival.
+    """
+    verdicts: dict[int, Verdict] = {}
+    events: list[Observed] = []
+    lines: list[Observed] = []
+    for row in rows:
+        if row.is_copy or (row.is_united and row.source is Source.TRANSCRIPT):
+            verdicts[row.id] = Verdict(False, row.output)
+        elif row.is_united:
+            verdicts[row.id] = Verdict(True, row.output)
+        else:
+            (events if row.source is Source.EVENT else lines).append(row)
+    for event, line in _pairs(events, lines):
+        verdicts[event.id] = Verdict(True, max(event.output, line.output))
+        verdicts[line.id] = Verdict(False, line.output)
+    for row in (*events, *lines):
+        verdicts.setdefault(row.id, Verdict(True, row.output))
+    return verdicts
+
+
+def _pairs(events: list[Observed], lines: list[Observed]) -> Iterable[tuple[Observed, Observed]]:
+    """As many pairs as possible of which at most one side has an id: those with an id choose first."""
+
+    def by_id(rows: list[Observed], *, has_id: bool) -> list[Observed]:
+        return sorted((row for row in rows if row.has_id is has_id), key=lambda row: (-row.output, row.key))
+
+    events_with, events_without = by_id(events, has_id=True), by_id(events, has_id=False)
+    lines_with, lines_without = by_id(lines, has_id=True), by_id(lines, has_id=False)
+    yield from zip(events_with, lines_without, strict=False)
+    yield from zip(events_without, lines_with, strict=False)
+    yield from zip(events_without[len(lines_with) :], lines_without[len(events_with) :], strict=False)
+
+
+class Cell(NamedTuple):
+    """What the sources say of one session (or of all without metrics of their own) and one model.
+
+    Costs in nano-dollars; `unpriced` counts tokens of requests whose cost nobody knows.
+    """
+
+    requests: Tokens = NO_TOKENS
+    requests_cost: int = 0
+    unpriced: int = 0
+    metrics: Tokens = NO_TOKENS
+    metrics_cost: int = 0
+
+
+class Worth(NamedTuple):
+    """What a cell is worth: tokens, nano-dollars, and tokens without a price."""
+
+    tokens: Tokens = NO_TOKENS
+    cost: int = 0
+    unpriced: int = 0
+
+
+def worth(cell: Cell) -> Worth:
+    """The larger of both sums for each kind of token; the metrics' cost and that of the tokens beyond them."""
+    tokens = _tokens(max(pair) for pair in zip(cell.requests, cell.metrics, strict=True))
+    beyond = [token - metric for token, metric in zip(tokens, cell.metrics, strict=True)]
+    if not any(beyond):
+        return Worth(tokens, cell.metrics_cost, 0)
+    if tokens == cell.requests:
+        # The requests are all there is, so their cost is the whole; it never lowers what the metrics reported.
+        extra = max(0, cell.requests_cost - cell.metrics_cost)
+    else:
+        whole = sum(weight * count for weight, count in zip(_WEIGHTS, cell.requests, strict=True))
+        part = sum(weight * count for weight, count in zip(_WEIGHTS, beyond, strict=True))
+        extra = cell.requests_cost * part // whole
+    return Worth(tokens, cell.metrics_cost + extra, min(cell.unpriced, sum(beyond)))
+
+
+def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
+    """a + sign * b."""
+    return Cell(
+        _tokens(x + sign * y for x, y in zip(a.requests, b.requests, strict=True)),
+        a.requests_cost + sign * b.requests_cost,
+        a.unpriced + sign * b.unpriced,
+        _tokens(x + sign * y for x, y in zip(a.metrics, b.metrics, strict=True)),
+        a.metrics_cost + sign * b.metrics_cost,
+    )
+
+
+def add_worth(a: Worth, b: Worth, sign: int = 1) -> Worth:
+    """a + sign * b."""
+    tokens = _tokens(x + sign * y for x, y in zip(a.tokens, b.tokens, strict=True))
+    return Worth(tokens, a.cost + sign * b.cost, a.unpriced + sign * b.unpriced)
+
+
+def _tokens(counts: Iterable[int]) -> Tokens:
+    first, second, third, fourth = counts
+    return first, second, third, fourth

@@ -1,0 +1,446 @@
+"""Follows the transcripts of tools: JSONL files that grow, as a second source of usage.
+
+Law: what a file says and how far it was read are committed in one transaction, so a crash repeats nothing and loses
+nothing; keys make a second reading harmless, so whatever looks new is read again from its start. What stands under a
+root at the bridge's first look is history: it is read in the background, for the reports, and never served. What is
+appended later, also while the bridge was down, counts. Files are only read, in blocks, by one thread; symbolic links
+are not followed; a file that cannot be read is counted and tried again when it changes.
+
+Changes are told by the file system's events, through watchfiles, which saves one such implementation for each
+platform; a slow scan finds what events miss, and replaces them where there are none.
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from bridge.jsonl import Lines
+from bridge.ledger import Ledger
+from bridge.model import Drop, Usage
+from bridge.store import StoreUnavailable
+from bridge.telemetry import Telemetry, Throttle, log
+from bridge.tools.claude_code import Transcripts
+from bridge.usage_store import TranscriptRow
+
+BLOCK = 512 * 2**10
+CHUNK = 8 * 2**20
+"""Bytes of a file that are read for one transaction; of history several files together, at most FILES."""
+FILES = 64
+HEAD = 1024
+SCAN_SECONDS = 600.0
+"""Between the scans that find what no event told; POLL_SECONDS where there are no events."""
+POLL_SECONDS = 2.0
+ROOT_SECONDS = 1.0
+PROGRESS_SECONDS = 5.0
+T = TypeVar("T")
+_TIMESTAMP = re.compile(rb'"timestamp"\s*:\s*"([^"]{10,40})"')
+
+
+class Chunk(NamedTuple):
+    """What a piece of a file says, and the file's row after it. `more`: the file goes on."""
+
+    row: TranscriptRow
+    usages: tuple[Usage, ...]
+    refused: dict[Drop, int]
+    too_long: int
+    bytes_read: int
+    more: bool
+
+
+class Progress:
+    """How far history is read, for people: `text` is empty when there is nothing to read."""
+
+    def __init__(self) -> None:
+        self.files = self.files_done = 0
+        self.bytes = self.bytes_done = 0
+
+    @property
+    def text(self) -> str:
+        if self.bytes_done >= self.bytes and self.files_done >= self.files:
+            return ""
+        percent = 100 * self.bytes_done // max(1, self.bytes)
+        return f"reading history: {self.files_done} of {self.files} files, {percent} % of {self.bytes >> 20} MiB"
+
+
+class Follower:
+    """Follows the roots of one tool until it is cancelled. `sleep` waits for seconds or until something changed."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        transcripts: Transcripts,
+        roots: Iterable[str],
+        telemetry: Telemetry,
+        throttle: Throttle,
+    ) -> None:
+        self._ledger = ledger
+        self._tool = transcripts
+        self._roots = tuple(roots)
+        self._telemetry = telemetry
+        self._throttle = throttle
+        self._files: dict[str, TranscriptRow] = {}
+        self._changed: set[str] = set()
+        self._wake = asyncio.Event()
+        self._reader = ThreadPoolExecutor(1, "transcripts")
+        self._scanned_at = -SCAN_SECONDS
+        self._has_history = False
+        self._watcher: Watcher | None = None
+        self.progress = Progress()
+
+    async def run(self) -> None:
+        """Look at the roots, follow what changes, read history in between."""
+        loop = asyncio.get_running_loop()
+        is_loaded = False
+        try:
+            while True:
+                try:
+                    if not is_loaded:
+                        await self._load()
+                        is_loaded = True
+                    self._wake.clear()
+                    await self._look(loop)
+                    await self._follow_changes()
+                    if not await self._read_history():
+                        with contextlib.suppress(TimeoutError):
+                            async with asyncio.timeout(ROOT_SECONDS):
+                                await self._wake.wait()
+                except StoreUnavailable:
+                    self._scanned_at = -SCAN_SECONDS  # finds again what was about to be read
+                    await asyncio.sleep(ROOT_SECONDS)  # exports are refused too; the log says why
+        finally:
+            if self._watcher is not None:
+                self._watcher.stop()
+            self._reader.shutdown(wait=False, cancel_futures=True)
+
+    async def _load(self) -> None:
+        self._files = {row.path: row for row in await self._ledger.transcripts()}
+        self._has_history = not all((await self._ledger.roots()).values())
+
+    # --- which files there are ---
+
+    async def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Watch the roots that exist, and scan them when it is time."""
+        present = {root: found for root in self._roots if (found := _directory(root))}
+        watched = tuple(present.values())
+        if self._watcher is None or self._watcher.directories != watched or self._watcher.is_stale:
+            if self._watcher is not None:
+                self._watcher.stop()
+            self._watcher = Watcher(watched, lambda paths: loop.call_soon_threadsafe(self._note, paths))
+            self._scanned_at = -SCAN_SECONDS
+        if loop.time() >= self._scanned_at + (SCAN_SECONDS if self._watcher.has_events else POLL_SECONDS):
+            self._scanned_at = loop.time()
+            await self._scan(present)
+
+    def _note(self, paths: set[str]) -> None:
+        self._changed |= paths
+        self._wake.set()
+
+    async def _scan(self, present: "dict[str, Directory]") -> None:
+        known = await self._ledger.roots()
+        for root in self._roots:
+            found = await self._in_reader(partial(_files, present[root].path)) if root in present else []
+            if root not in known:
+                await self._first_look(root, found)
+            self._changed |= {path for path, size in found if self._is_news(path, size)}
+        self._telemetry.transcript_files.set(len(self._files))
+
+    def _is_news(self, path: str, size: int) -> bool:
+        row = self._files.get(path)
+        return row is None or size != row.live
+
+    async def _first_look(self, root: str, found: list[tuple[str, int]]) -> None:
+        """All that stands there now is history; a root that is not there yet has none."""
+        rows = [row for path, _ in found if (row := await self._in_reader(partial(_first_row, path)))]
+        rows = await self._ledger.add_root(root, rows)
+        self._has_history |= any(row.history_end for row in rows)
+        self._files.update((row.path, row) for row in rows)
+        self.progress.files += len(rows)
+        self.progress.bytes += sum(row.history_end for row in rows)
+        if rows:
+            size = sum(row.history_end for row in rows) >> 20
+            log.info("first look at transcripts", extra={"root": root, "files": len(rows), "MiB": size})
+
+    # --- what they say ---
+
+    async def _follow_changes(self) -> None:
+        changed, self._changed = self._changed, set()
+        for path in sorted(changed):
+            if path.endswith(".jsonl"):
+                await self._follow(path)
+            else:  # a directory may have had files before it was watched
+                found = await self._in_reader(partial(_files, path))
+                self._changed |= {path for path, size in found if self._is_news(path, size)}
+        if self._changed:
+            self._wake.set()
+
+    async def _follow(self, path: str) -> None:
+        more = True
+        while more:
+            row = self._files.get(path)
+            try:
+                chunk = await self._in_reader(partial(self._read_live, path, row))
+            except OSError as error:
+                if not isinstance(error, FileNotFoundError):
+                    self._telemetry.transcript_errors.inc()
+                    self._throttle.warning("transcript", "cannot read a transcript", path=path, error=error.strerror)
+                return
+            if chunk is None:
+                return
+            await self._commit(chunk, is_history=False)
+            more = chunk.more
+
+    async def _read_history(self) -> bool:
+        """Read a piece of history, of one file or of several small ones in one transaction; whether there was any."""
+        rows: list[TranscriptRow] = []
+        size = 0
+        for row in self._files.values():
+            if row.history < row.history_end and size < CHUNK and len(rows) < FILES:
+                rows.append(row)
+                size += row.history_end - row.history
+        if not rows:
+            return await self._finish_history()
+        chunks = await self._in_reader(lambda: [self._read_old_or_skip(row) for row in rows])
+        await asyncio.gather(*(self._commit(chunk, is_history=True) for chunk in chunks))
+        for chunk in chunks:
+            self.progress.bytes_done += chunk.bytes_read
+            self.progress.files_done += chunk.row.history >= chunk.row.history_end
+        if text := self.progress.text:
+            self._throttle.info("history", text)
+        return True
+
+    async def _finish_history(self) -> bool:
+        if self._has_history:
+            await self._ledger.finish_history()
+            self._has_history = False
+            log.info("history is read", extra={"files": self.progress.files})
+        return False
+
+    async def _commit(self, chunk: Chunk, *, is_history: bool) -> None:
+        row = await self._ledger.post_transcript(chunk.row, chunk.usages, is_history=is_history)
+        self._files[row.path] = row
+        self._telemetry.transcript_files.set(len(self._files))
+        self._telemetry.transcript_bytes.inc(chunk.bytes_read)
+        for reason, count in chunk.refused.items():
+            self._telemetry.transcript_refused.labels(reason.value).inc(count)
+        if chunk.too_long:
+            self._telemetry.transcript_refused.labels("too_long").inc(chunk.too_long)
+
+    async def _in_reader(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._reader, work)
+
+    # --- in the reader's thread ---
+
+    def _read_live(self, path: str, row: TranscriptRow | None) -> Chunk | None:
+        """What was appended to a file; None if nothing was. A file that was replaced or cut is read from its start."""
+        with _opened(path) as descriptor:
+            found = os.fstat(descriptor)
+            if row is None or not _is_same(descriptor, found, row):
+                head = os.pread(descriptor, HEAD, 0)
+                origin = _origin(os.pread(descriptor, 64 * 1024, 0), found.st_mtime_ns)
+                row = TranscriptRow(
+                    row.id if row else 0, path, found.st_dev, found.st_ino, _head(head), 0, 0, 0, origin
+                )  # fmt: skip
+            if found.st_size <= row.live:
+                return None
+            chunk = self._read(descriptor, row, row.live, found.st_size)
+            if chunk.row.live == row.live and row.id:
+                return None  # a line that is not complete yet
+            if _head_size(row) < HEAD:
+                chunk = chunk._replace(row=chunk.row._replace(head=_head(os.pread(descriptor, HEAD, 0))))
+            return chunk
+
+    def _read_old_or_skip(self, row: TranscriptRow) -> Chunk:
+        """A piece of a file's history. Of a file that is gone or replaced there is none: it is followed as new."""
+        with contextlib.suppress(OSError):
+            if chunk := self._read_old(row):
+                return chunk
+        self._changed.add(row.path)
+        return Chunk(row._replace(history=row.history_end), (), {}, 0, row.history_end - row.history, more=False)
+
+    def _read_old(self, row: TranscriptRow) -> Chunk | None:
+        with _opened(row.path) as descriptor:
+            if not _is_same(descriptor, os.fstat(descriptor), row):
+                return None
+            chunk = self._read(descriptor, row, row.history, row.history_end)
+            read_to = chunk.row.live if chunk.row.live > row.history else row.history_end
+            return chunk._replace(row=row._replace(history=min(read_to, row.history_end)))
+
+    def _read(self, descriptor: int, row: TranscriptRow, start: int, end: int) -> Chunk:
+        """Up to CHUNK bytes of complete lines from `start`; the row's `live` is where they end."""
+        lines = Lines(self._tool.key, offset=start)
+        usages: list[Usage] = []
+        refused: dict[Drop, int] = {}
+        position = start
+        while position < end and (position < start + CHUNK or lines.offset == start):
+            block = os.pread(descriptor, min(BLOCK, end - position), position)
+            if not block:
+                break
+            position += len(block)
+            for line in lines.feed(block):
+                said = self._tool.read(line, row.origin)
+                if isinstance(said, Drop):
+                    refused[said] = refused.get(said, 0) + 1
+                else:
+                    usages += said
+        more = position < end
+        return Chunk(row._replace(live=lines.offset), tuple(usages), refused, lines.too_long, position - start, more)
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+class Directory(NamedTuple):
+    """A root that is there: where it really lies, since events tell of real paths, and which directory it is."""
+
+    path: str
+    device: int
+    inode: int
+
+
+def _directory(root: str) -> Directory | None:
+    with contextlib.suppress(OSError):
+        found = Path(root).stat()
+        if stat.S_ISDIR(found.st_mode):
+            return Directory(str(Path(root).resolve()), found.st_dev, found.st_ino)
+    return None
+
+
+def _files(root: str) -> list[tuple[str, int]]:
+    """The transcripts below a root with their sizes; links and what cannot be read are left out."""
+    found: list[tuple[str, int]] = []
+    pending = [root]
+    while pending:
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                elif entry.name.endswith(".jsonl") and entry.is_file(follow_symlinks=False):
+                    with contextlib.suppress(OSError):
+                        found.append((entry.path, entry.stat(follow_symlinks=False).st_size))
+    return found
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    """A regular file, reached without any link: events also tell of what lies behind links to directories."""
+    directory = Path(path).parent
+    if directory.resolve() != directory:
+        raise FileNotFoundError(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileNotFoundError(path)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _first_row(path: str) -> TranscriptRow | None:
+    """A file at the first look: its complete lines are history."""
+    try:
+        with _opened(path) as descriptor:
+            found = os.fstat(descriptor)
+            end = _last_line_end(descriptor, found.st_size)
+            head = _head(os.pread(descriptor, HEAD, 0))
+            origin = _origin(os.pread(descriptor, 64 * 1024, 0), found.st_mtime_ns)
+            return TranscriptRow(0, path, found.st_dev, found.st_ino, head, 0, end, end, origin)
+    except OSError:
+        return None
+
+
+def _last_line_end(descriptor: int, size: int) -> int:
+    """Where the last complete line of a file ends."""
+    end = size
+    while end > 0:
+        start = max(0, end - BLOCK)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _head(beginning: bytes) -> bytes:
+    """What a file begins with: how many bytes of it were there, and their hash."""
+    return len(beginning).to_bytes(2, "big") + blake2b(beginning, digest_size=16).digest()
+
+
+def _head_size(row: TranscriptRow) -> int:
+    return int.from_bytes(row.head[:2], "big")
+
+
+def _is_same(descriptor: int, found: os.stat_result, row: TranscriptRow) -> bool:
+    """Whether a file is the one that was read before, only longer."""
+    if (found.st_dev, found.st_ino) != (row.device, row.inode) or found.st_size < max(row.live, row.history_end):
+        return False
+    return _head(os.pread(descriptor, _head_size(row), 0)) == row.head
+
+
+def _origin(beginning: bytes, modified_ns: int) -> int:
+    """When a file was begun, in Unix ms: its first time stamp. A fork's own first line is newer than what it copies."""
+    found = _TIMESTAMP.search(beginning)
+    if found is not None:
+        with contextlib.suppress(ValueError):
+            when = datetime.fromisoformat(found[1].decode())
+            when = when if when.tzinfo else when.replace(tzinfo=UTC)
+            return int(when.timestamp() * 1000)
+    return modified_ns // 1_000_000
+
+
+# --- events ----------------------------------------------------------------------------------------------------
+
+
+class Watcher:
+    """Tells of changed paths below directories, from a thread of its own. `has_events` is false where it cannot.
+
+    It tells of the directories themselves once it watches them: what changed before that is known to nobody else.
+    `is_stale` says that one of them is no more, or is another one.
+    """
+
+    def __init__(self, directories: tuple[Directory, ...], tell: Callable[[set[str]], object]) -> None:
+        self.directories = directories
+        self.has_events = self.is_stale = False
+        self._stop = threading.Event()
+        try:
+            import watchfiles
+        except ImportError:
+            log.warning("watchfiles is not installed; transcripts are looked at every two seconds")
+            return
+        if not directories:
+            self.has_events = True  # there is nothing to miss; a root that appears makes another watcher
+            return
+        paths = {directory.path for directory in directories}
+        changes = watchfiles.watch(
+            *paths, watch_filter=None, debounce=100, step=50, stop_event=self._stop, rust_timeout=1000,
+            yield_on_timeout=True, raise_interrupt=False, ignore_permission_denied=True,
+        )  # fmt: skip
+        self.has_events = True
+
+        def pump() -> None:
+            try:
+                tell({path for _, path in next(changes)} | paths)
+                for change in changes:
+                    told = {path for _, path in change}
+                    self.is_stale |= not told.isdisjoint(paths)
+                    if told:
+                        tell(told)
+            except StopIteration:
+                pass  # stopped before anything happened
+            except (OSError, RuntimeError) as error:
+                self.has_events = False
+                log.warning("no file system events; transcripts are looked at every two seconds", extra={"why": error})
+
+        threading.Thread(target=pump, name="watch", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()

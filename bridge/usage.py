@@ -1,0 +1,400 @@
+"""Requests and metrics of AI tools, joined: the part of the books that knows of sessions, models and cost.
+
+Law: what is served never falls; what is stored is the truth and may. A row that a source tells of is judged
+together with the few rows that it may be the same request as; what the judgement changes goes to the row's cell,
+from there to the model's truth, and a served counter is the larger of what it was and of the truth. All of it
+happens in the transaction of whoever calls; after a failed one, `load` reads everything again.
+"""
+
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
+from typing import NamedTuple
+
+from bridge.join import KINDS, Cell, Observed, Verdict, Worth, add_cells, add_worth, unite, worth
+from bridge.model import CostSource, Source, Usage
+from bridge.store import Store
+from bridge.usage_store import (
+    LOADING,
+    MAX_INTEGER,
+    ModelRow,
+    RollupKey,
+    ServedRow,
+    SessionRow,
+    Sums,
+    TranscriptRow,
+    TruthRow,
+    UsageRow,
+    UsageStore,
+)
+
+MAX_MODELS = 200
+"""Models of all tools together; what comes under further names is counted as `other`."""
+MAX_CACHED = 10_000
+RECENT_MS = 600_000
+"""History that is this new may still be told of by an event that was on its way at the first look."""
+HOUR_MS = 3_600_000
+METRIC_KINDS = (*KINDS, "usd")
+SERVED_KINDS = (*KINDS, "usd", "requests")
+
+Price = Callable[[Usage], int | None]
+Normalise = Callable[[str], str]
+
+
+def no_price(usage: Usage) -> int | None:
+    """The price table of those who have none."""
+    del usage
+    return None
+
+
+class UsageChange(NamedTuple):
+    """What a transaction changed for those who look: served counters, models, the truth by tool and kind, and the
+    tokens of models that nobody knows the cost of."""
+
+    served: list[ServedRow]
+    models: list[ModelRow]
+    truth: dict[tuple[str, str], int]
+    unpriced: dict[int, int]
+
+
+class Survey(NamedTuple):
+    """How the sources agree: tokens as requests and as metrics add up to them, and sessions that may be one under two
+    ids, since one source alone has seen each."""
+
+    requests: int
+    metrics: int
+    conflicts: int
+
+
+class UsageBooks:
+    """Adds usage in the transaction of its caller. `price` gives nano-dollars or None, `normalise` a model's name."""
+
+    def __init__(self, store: Store, price: Price, normalise: Normalise) -> None:
+        self._store = UsageStore(store)
+        self._price = price
+        self._normalise = normalise
+        self._recent: dict[bytes, None] = {}
+        self._models: dict[tuple[str, str], ModelRow] = {}
+        self._truths: dict[int, TruthRow] = {}
+        self._served: dict[tuple[int, str], ServedRow] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sessions: dict[tuple[str, str], SessionRow] = {}
+        self._labels: dict[str, int] = {}
+        self._cells: dict[tuple[int, int], Cell] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._dirty_cells: set[tuple[int, int]] = set()
+        self._dirty_truths: set[int] = set()
+        self._rollups: dict[RollupKey, list[int]] = {}
+
+    def load(self) -> UsageChange:
+        """Read what is kept in memory; all that is served."""
+        self._clear()
+        self._models = {(row.tool, row.name): row for row in self._store.models()}
+        self._truths = self._store.truths()
+        self._served = {(row.model, row.kind): row for row in self._store.served()}
+        unpriced = {model: _total(truth).unpriced for model, truth in self._truths.items()}
+        return UsageChange(list(self._served.values()), list(self._models.values()), {}, unpriced)
+
+    def survey(self) -> Survey:
+        """How the sources agree, over all that is kept."""
+        requests, metrics = self._store.sum_cells()
+        return Survey(requests, metrics, min(self._store.count_sessions()))
+
+    # --- metrics ---
+
+    def add_metric(self, tool: str, session: str, model: str, kind: str, amount: int) -> None:
+        """Tokens of a kind, or nano-dollars (`usd`), that a metric reported."""
+        delta = Cell(metrics_cost=amount)
+        if kind != "usd":
+            index = KINDS.index(kind)
+            delta = Cell(metrics=tuple(amount if at == index else 0 for at in range(4)))  # type: ignore[arg-type]  # four
+        self._add_to_cell(self._session(tool, session), self._model(tool, model), delta)
+
+    # --- requests ---
+
+    def add(self, usage: Usage) -> bool:
+        """One request as one source tells of it; whether that was news."""
+        candidate = self._row(usage, is_history=False)
+        known = self._store.by_key(candidate.key)
+        if known is None:
+            if self._store.is_forgotten(candidate.key) or candidate.request in self._recent:
+                return False
+            self._judge(self._store.add(candidate._replace(is_counted=0)), None)
+            return True
+        if usage.source is Source.EVENT or _rank(candidate) <= _rank(known):
+            return False
+        changed = candidate._replace(id=known.id, is_history=known.is_history, is_counted=known.is_counted)
+        self._store.write([changed])
+        self._judge(changed, known)
+        return True
+
+    def load_history(self, usages: Iterable[Usage], now: int) -> None:
+        """Requests of before the first look, in bulk: stored for the reports, never served."""
+        best: dict[tuple[bytes, bytes], Usage] = {}
+        for usage in usages:  # most lines repeat the one before
+            known = best.get((usage.message, usage.key))
+            if known is None or _worth_keeping(usage) > _worth_keeping(known):
+                best[usage.message, usage.key] = usage
+        rows = [self._row(usage, is_history=True) for usage in best.values()]
+        for row in rows:
+            if row.request and row.time > now - RECENT_MS:
+                self._recent[row.request] = None
+        self._store.load_history(rows)
+
+    def finish_history(self) -> None:
+        """All history is loaded."""
+        self._store.finish_history()
+        self._store.finish_roots()
+
+    # --- transcripts ---
+
+    def roots(self) -> dict[str, bool]:
+        """The roots that were looked at, and whether their history is read."""
+        return self._store.roots()
+
+    def add_root(self, path: str, rows: Iterable[TranscriptRow]) -> list[TranscriptRow]:
+        """Remember a first look: what stands in `rows` is history."""
+        written = [self._store.write_transcript(row) for row in rows]
+        self._store.add_root(path, looked=not any(row.history_end for row in written))
+        return written
+
+    def transcripts(self) -> list[TranscriptRow]:
+        return self._store.transcripts()
+
+    def write_transcript(self, row: TranscriptRow) -> TranscriptRow:
+        return self._store.write_transcript(row)
+
+    def forget_rows(self, before: int, most: int) -> int:
+        """Delete old rows; their keys and sums stay. The number of rows deleted."""
+        return self._store.forget_rows(before, most)
+
+    def _row(self, usage: Usage, *, is_history: bool) -> UsageRow:
+        cost, cost_source = usage.cost, CostSource.TOOL
+        if cost is None:
+            cost = self._price(usage)
+            cost_source = CostSource.UNPRICED if cost is None else CostSource.PRICE
+        cost = cost and min(cost, MAX_INTEGER)
+        session = self._session(usage.tool, usage.session)
+        request = blake2b(usage.request_id.encode(), digest_size=8).digest() if usage.request_id else None
+        key = usage.message + usage.key[:8] if usage.message else usage.key
+        return UsageRow(
+            0, key, usage.source, session.id, self._model(usage.tool, usage.model), usage.time_ms, usage.input,
+            usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h, request, usage.order,
+            usage.is_sidechain, is_history, 1, usage.output, cost, cost_source.value, usage.duration_ms,
+            self._label(usage.project), self._label(usage.user),
+        )  # fmt: skip
+
+    def _judge(self, row: UsageRow, before: UsageRow | None) -> None:
+        """Judge all rows anew that a changed row may be the same request as, and book the differences."""
+        states: dict[int, UsageRow] = {row.id: row}
+        if row.is_history:
+            if row.is_history != LOADING:
+                self._book(before, row)
+            return
+        seeds = [row, *([before] if before is not None else []), *self._relatives(row, before)]
+        groups: dict[tuple[int, ...], list[UsageRow]] = {}
+        for seed in seeds:
+            if _group_key(seed) not in groups:
+                groups[_group_key(seed)] = self._store.group(seed)
+        olds = {found.id: found for members in groups.values() for found in members}
+        olds[row.id] = before if before is not None else row
+        for members in groups.values():
+            verdicts = unite(self._observed(member) for member in members)
+            for member in members:
+                states[member.id] = _judged(states.get(member.id, member), verdicts[member.id])
+        changed = [state for state in states.values() if state != olds[state.id] or state.id == row.id]
+        self._store.write(changed)
+        for state in changed:
+            is_new = state.id == row.id and before is None
+            self._book(None if is_new else olds[state.id], state)
+
+    def _relatives(self, row: UsageRow, before: UsageRow | None) -> list[UsageRow]:
+        """Rows whose judgement depends on this one: of the same request id, or side-chain copies of its response."""
+        relatives = self._store.by_request(row.request) if row.request else []
+        if row.source == Source.TRANSCRIPT and any(_is_original(state) for state in (row, before)):
+            relatives += self._store.copies(row.key[:8])
+        return [found for found in relatives if found.id != row.id]
+
+    def _observed(self, row: UsageRow) -> Observed:
+        partners = self._store.by_request(row.request) if row.request else []
+        is_copy = bool(row.is_sidechain) and self._store.has_original(row.key[:8])
+        return Observed(
+            row.id, row.key, Source(row.source), row.output, row.request is not None,
+            any(found.source != row.source for found in partners), is_copy,
+        )  # fmt: skip
+
+    def _book(self, before: UsageRow | None, after: UsageRow) -> None:
+        """Take a row's old contribution out of its cell and hours, and put the new one in."""
+        for row, sign in ((before, -1), (after, 1)):
+            if row is None or not row.is_counted:
+                continue
+            sums = _sums(row)
+            key = RollupKey(row.time // HOUR_MS, row.model, row.session, row.project or 0, row.user or 0)
+            rollup = self._rollups.setdefault(key, [0] * len(sums))
+            for at, count in enumerate(sums):
+                rollup[at] += sign * count
+            if not row.is_history:
+                written = row.cache_write_5m + row.cache_write_1h
+                tokens = (row.input, row.shown_output, row.cache_read, written)
+                cell = Cell(tokens, row.cost or 0, sum(tokens) if row.cost is None else 0)
+                self._add_to_cell(self._session_by_id(row.session), row.model, add_cells(Cell(), cell, sign))
+                truth = self._truths[row.model]
+                self._truths[row.model] = truth._replace(requests=truth.requests + sign)
+
+    # --- cells, truth, what is served ---
+
+    def _add_to_cell(self, session: SessionRow, model: int, delta: Cell) -> None:
+        session = self._note_sources(session, delta)
+        old = self._cell(session.id, model)
+        new = self._cells[session.id, model] = add_cells(old, delta)
+        self._dirty_cells.add((session.id, model))
+        truth = self._truth(model)
+        if session.has_metrics:
+            truth = truth._replace(own=add_worth(truth.own, add_worth(worth(new), worth(old), -1)))
+        else:
+            truth = truth._replace(pool=add_cells(truth.pool, delta))
+        self._truths[model] = truth
+
+    def _note_sources(self, session: SessionRow, delta: Cell) -> SessionRow:
+        """A session with metrics of its own leaves the pool of those without; all its cells move."""
+        has_metrics = session.has_metrics or (bool(session.name) and (any(delta.metrics) or delta.metrics_cost > 0))
+        has_requests = session.has_requests or any(delta.requests)
+        if (has_metrics, has_requests) == (session.has_metrics, session.has_requests):
+            return session
+        if has_metrics and not session.has_metrics:
+            cells = self._store.cells(session.id)
+            cells.update({model: cell for (owner, model), cell in self._cells.items() if owner == session.id})
+            for model, cell in cells.items():
+                truth = self._truth(model)
+                pool, own = add_cells(truth.pool, cell, -1), add_worth(truth.own, worth(cell))
+                self._truths[model] = truth._replace(pool=pool, own=own)
+        session = session._replace(has_metrics=has_metrics, has_requests=has_requests)
+        self._store.write_session(session)
+        self._sessions[session.tool, session.name] = session
+        return session
+
+    def touched(self) -> list[tuple[str, str, Cell]]:
+        """The cells that changed since the last flush: session, model, cell."""
+        sessions = {row.id: row.name for row in self._sessions.values()}
+        models = {row.id: row.name for row in self._models.values()}
+        return [(sessions[key[0]], models[key[1]], self._cells[key]) for key in self._dirty_cells]
+
+    def flush(self, commit: int, now: int) -> UsageChange:
+        """Write what changed since the last flush; `commit` is the number that the transaction will get."""
+        self._store.write_cells((*key, self._cells[key]) for key in self._dirty_cells)
+        self._store.write_truths((model, self._truths[model]) for model in self._dirty_truths)
+        self._store.add_to_rollups((key, _as_sums(sums)) for key, sums in self._rollups.items() if any(sums))
+        changed: list[ServedRow] = []
+        by_id = {row.id: row for row in self._models.values()}
+        for model in self._dirty_truths:
+            for kind, worth_now in _values(self._truths[model]).items():
+                value = min(worth_now, MAX_INTEGER)
+                known = self._served.get((model, kind))
+                if value > (known.value if known else 0):
+                    row = known._replace(value=value) if known else ServedRow(model, kind, value, commit, now)
+                    self._served[model, kind] = row
+                    changed.append(row)
+        self._store.write_served(changed)
+        tools = {by_id[model].tool for model in self._dirty_truths}
+        unpriced = {model: _total(self._truths[model]).unpriced for model in self._dirty_truths}
+        models = list(self._models.values()) if self._dirty_truths else []
+        change = UsageChange(changed, models, self._truth_of(tools), unpriced)
+        self._begin()
+        if max(len(self._cells), len(self._sessions), len(self._labels)) > MAX_CACHED:
+            self._clear()
+        return change
+
+    def _truth_of(self, tools: set[str]) -> dict[tuple[str, str], int]:
+        """The truth of whole tools, by (tool, kind)."""
+        totals: dict[tuple[str, str], int] = {}
+        for row in self._models.values():
+            if row.tool in tools:
+                for kind, value in _values(self._truth(row.id)).items():
+                    totals[row.tool, kind] = totals.get((row.tool, kind), 0) + value
+        return totals
+
+    # --- lookups ---
+
+    def _truth(self, model: int) -> TruthRow:
+        self._dirty_truths.add(model)
+        if model not in self._truths:
+            self._truths[model] = TruthRow(Worth(), 0, Cell())
+        return self._truths[model]
+
+    def _cell(self, session: int, model: int) -> Cell:
+        cell = self._cells.get((session, model))
+        if cell is None:
+            cell = self._cells[session, model] = self._store.cell(session, model)
+        return cell
+
+    def _session(self, tool: str, name: str) -> SessionRow:
+        row = self._sessions.get((tool, name))
+        if row is None:
+            row = self._sessions[tool, name] = self._store.session(tool, name)
+        return row
+
+    def _session_by_id(self, session: int) -> SessionRow:
+        row = self._store.session_by_id(session)
+        return self._sessions.setdefault((row.tool, row.name), row)
+
+    def _model(self, tool: str, model: str) -> int:
+        name = self._normalise(model) or "unknown"
+        row = self._models.get((tool, name))
+        if row is None:
+            if len(self._models) >= MAX_MODELS and name != "other":
+                return self._model(tool, "other")
+            row = self._models[tool, name] = self._store.add_model(tool, name)
+        return row.id
+
+    def _label(self, text: str) -> int | None:
+        if not text:
+            return None
+        label = self._labels.get(text)
+        if label is None:
+            label = self._labels[text] = self._store.label(text[:1_000])
+        return label
+
+
+def _is_original(row: UsageRow | None) -> bool:
+    """Whether side-chain copies of a response do not count because of this row."""
+    return row is not None and not row.is_sidechain and row.request is not None
+
+
+def _rank(row: UsageRow) -> tuple[int, int, int]:
+    """Which of two lines of one response stands: the larger output, then the original, then the older file's."""
+    return row.output, -row.is_sidechain, -row.origin
+
+
+def _worth_keeping(usage: Usage) -> tuple[int, bool, int]:
+    """The same before it is a row."""
+    return usage.output, not usage.is_sidechain, -usage.order
+
+
+def _group_key(row: UsageRow) -> tuple[int, ...]:
+    return row.session, row.model, row.input, row.cache_read, row.cache_write_5m + row.cache_write_1h
+
+
+def _judged(row: UsageRow, verdict: Verdict) -> UsageRow:
+    return row._replace(is_counted=int(verdict.is_counted), shown_output=verdict.output)
+
+
+def _sums(row: UsageRow) -> Sums:
+    tokens = (row.input, row.shown_output, row.cache_read, row.cache_write_5m, row.cache_write_1h)
+    return 1, *tokens, row.cost or 0, sum(tokens) if row.cost is None else 0
+
+
+def _as_sums(counts: list[int]) -> Sums:
+    requests, first, output, read, short, long, cost, unpriced = counts
+    return requests, first, output, read, short, long, cost, unpriced
+
+
+def _total(truth: TruthRow) -> Worth:
+    return add_worth(truth.own, worth(truth.pool))
+
+
+def _values(truth: TruthRow) -> dict[str, int]:
+    total = _total(truth)
+    return {**dict(zip(KINDS, total.tokens, strict=True)), "usd": total.cost, "requests": truth.requests}

@@ -1,0 +1,377 @@
+"""The request rows, cells and served counters in the database: the second half of the store.
+
+Like the store, this knows SQL and nothing of what the rows mean; every call stands in a transaction of the store's.
+
+Tables, with what bounds them:
+  usage      one row a request and source, for `history_days`; its key stays for ever in `usage_key`
+  session    one row a session of a tool, for ever
+  model      one row a tool and normalised model, at most MAX_MODELS in all
+  label      projects and users, each text once
+  cell       one row a session and model: what requests and what metrics add up to
+  truth      one row a model: what its cells are worth together
+  served     one row a model and kind: the value that was shown, which never falls
+  rollup     hourly sums of the rows that count, for ever
+  root, transcript   where transcripts lie, and how far each file is read
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from bridge.join import Cell, Worth
+from bridge.store import Store
+
+MAX_INTEGER = 2**63 - 1
+LOADING, LOADED = 1, 2
+"""Values of `is_history`: read, and not yet summed up by hours; and that done."""
+
+
+class UsageRow(NamedTuple):
+    """One row of `usage`. Flags as 0 and 1; times in Unix milliseconds; cost in nano-dollars."""
+
+    id: int
+    key: bytes
+    source: int
+    session: int
+    model: int
+    time: int
+    input: int
+    output: int
+    cache_read: int
+    cache_write_5m: int
+    cache_write_1h: int
+    request: bytes | None
+    origin: int
+    is_sidechain: int
+    is_history: int
+    is_counted: int
+    shown_output: int
+    cost: int | None
+    cost_source: str
+    duration: int | None
+    project: int | None
+    user: int | None
+
+
+class SessionRow(NamedTuple):
+    id: int
+    tool: str
+    name: str
+    has_metrics: bool
+    has_requests: bool
+
+
+class ModelRow(NamedTuple):
+    id: int
+    tool: str
+    name: str
+
+
+class TruthRow(NamedTuple):
+    """What a model's cells of sessions with metrics are worth together, and the cell of all the others."""
+
+    own: Worth
+    requests: int
+    pool: Cell
+
+
+class ServedRow(NamedTuple):
+    """A served counter: its value, and the commit and time (Unix ms) of its birth."""
+
+    model: int
+    kind: str
+    value: int
+    born: int
+    birth: int
+
+
+class TranscriptRow(NamedTuple):
+    """One file: which it is, how far its history [0, history_end) and its live rest are read, and when it was begun."""
+
+    id: int
+    path: str
+    device: int
+    inode: int
+    head: bytes
+    history: int
+    history_end: int
+    live: int
+    origin: int
+
+
+class RollupKey(NamedTuple):
+    hour: int
+    model: int
+    session: int
+    project: int
+    user: int
+
+
+Sums = tuple[int, int, int, int, int, int, int, int]
+"""requests, input, output, cache_read, cache_write_5m, cache_write_1h, cost, unpriced."""
+
+_COLUMNS = ", ".join(UsageRow._fields)
+_INSERT = (
+    f"insert into usage ({', '.join(UsageRow._fields[1:])}) values ({', '.join('?' * (len(UsageRow._fields) - 1))})"
+)
+
+
+_SUMMED = (
+    "input",
+    "shown_output",
+    "cache_read",
+    "cache_write_5m",
+    "cache_write_1h",
+    "coalesce(cost, 0)",
+    "case when cost is null then input + shown_output + cache_read + cache_write_5m + cache_write_1h else 0 end",
+)
+_ADD_TO_ROLLUP = " on conflict do update set " + ", ".join(
+    f"{name} = min({name} + excluded.{name}, {MAX_INTEGER})"
+    for name in ("requests", "input", "output", "cache_read", "cache_write_5m", "cache_write_1h", "cost", "unpriced")
+)
+
+
+def _bounded_sum(column: str) -> str:
+    # sum() fails where 64 bits do not suffice; total() does not, and is exact up to 2**53.
+    return f"cast(min(total({column}), {MAX_INTEGER}) as integer)"
+
+
+class UsageStore:
+    """The tables of usage in a store's database."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    # --- names ---
+
+    def session(self, tool: str, name: str) -> SessionRow:
+        """The session of this name, made if there is none."""
+        sql = "select id, tool, name, has_metrics, has_requests from session where tool = ? and name = ?"
+        row = self._store.execute(sql, (tool, name)).fetchone()
+        if row is None:
+            cursor = self._store.execute(
+                "insert into session (tool, name, has_metrics, has_requests) values (?, ?, 0, 0)", (tool, name)
+            )
+            return SessionRow(cursor.lastrowid or 0, tool, name, False, False)
+        return SessionRow(row[0], row[1], row[2], bool(row[3]), bool(row[4]))
+
+    def session_by_id(self, session: int) -> SessionRow:
+        sql = "select id, tool, name, has_metrics, has_requests from session where id = ?"
+        row = self._store.execute(sql, (session,)).fetchone()
+        return SessionRow(row[0], row[1], row[2], bool(row[3]), bool(row[4]))
+
+    def write_session(self, row: SessionRow) -> None:
+        self._store.execute(
+            "update session set has_metrics = ?, has_requests = ? where id = ?",
+            (row.has_metrics, row.has_requests, row.id),
+        )
+
+    def models(self) -> list[ModelRow]:
+        return [ModelRow(*row) for row in self._store.execute("select id, tool, name from model")]
+
+    def add_model(self, tool: str, name: str) -> ModelRow:
+        cursor = self._store.execute("insert into model (tool, name) values (?, ?)", (tool, name))
+        return ModelRow(cursor.lastrowid or 0, tool, name)
+
+    def label(self, text: str) -> int:
+        """The id of a text, made if there is none."""
+        row = self._store.execute("select id from label where text = ?", (text,)).fetchone()
+        if row:
+            return int(row[0])
+        return self._store.execute("insert into label (text) values (?)", (text,)).lastrowid or 0
+
+    # --- request rows ---
+
+    def by_key(self, key: bytes) -> UsageRow | None:
+        row = self._store.execute(f"select {_COLUMNS} from usage where key = ?", (key,)).fetchone()
+        return row and UsageRow(*row)
+
+    def is_forgotten(self, key: bytes) -> bool:
+        """Whether a row of this key was there once and was deleted for its age."""
+        return self._store.execute("select 1 from usage_key where key = ?", (key,)).fetchone() is not None
+
+    def by_request(self, request: bytes) -> list[UsageRow]:
+        sql = f"select {_COLUMNS} from usage where request = ? and not is_history"
+        return [UsageRow(*row) for row in self._store.execute(sql, (request,))]
+
+    def copies(self, message: bytes) -> list[UsageRow]:
+        """The side-chain rows of one response, not of history: the first half of their key names it."""
+        sql = f"select {_COLUMNS} from usage where key >= ? and key <= ? and is_sidechain and not is_history"
+        return [UsageRow(*row) for row in self._store.execute(sql, _of_message(message))]
+
+    def has_original(self, message: bytes) -> bool:
+        """Whether a response stands outside side-chains, with a request id."""
+        sql = "select 1 from usage where key >= ? and key <= ? and not is_sidechain and request is not null limit 1"
+        return self._store.execute(sql, _of_message(message)).fetchone() is not None
+
+    def group(self, row: UsageRow) -> list[UsageRow]:
+        """The rows, not of history, that are alike but for source, output and identity."""
+        sql = (
+            f"select {_COLUMNS} from usage where session = ? and model = ? and input = ? and cache_read = ?"
+            " and cache_write_5m + cache_write_1h = ? and not is_history"
+        )
+        written = row.cache_write_5m + row.cache_write_1h
+        values = (row.session, row.model, row.input, row.cache_read, written)
+        return [UsageRow(*found) for found in self._store.execute(sql, values)]
+
+    def add(self, row: UsageRow) -> UsageRow:
+        return row._replace(id=self._store.execute(_INSERT, row[1:]).lastrowid or 0)
+
+    def write(self, rows: Iterable[UsageRow]) -> None:
+        """Replace rows by those of the same id."""
+        assigned = ", ".join(f"{name} = ?" for name in UsageRow._fields[1:])
+        self._store.executemany(f"update usage set {assigned} where id = ?", ((*row[1:], row.id) for row in rows))
+
+    def load_history(self, rows: Iterable[UsageRow]) -> None:
+        """Add rows of history in bulk; of equal keys the larger output stays, then the original, then the older."""
+        self._store.executemany(
+            _INSERT + " on conflict (key) do update set session = excluded.session, model = excluded.model,"
+            " time = excluded.time, input = excluded.input, output = excluded.output, cache_read = excluded.cache_read,"
+            " cache_write_5m = excluded.cache_write_5m, cache_write_1h = excluded.cache_write_1h,"
+            " request = excluded.request, origin = excluded.origin, is_sidechain = excluded.is_sidechain,"
+            " shown_output = excluded.shown_output, cost = excluded.cost, cost_source = excluded.cost_source,"
+            " project = excluded.project"
+            f" where is_history = {LOADING} and (excluded.output, -excluded.is_sidechain, -excluded.origin)"
+            " > (output, -is_sidechain, -origin)",
+            (row[1:] for row in rows),
+        )
+
+    def finish_history(self) -> None:
+        """Once all history is loaded: side-chain copies do not count, and the hours are summed up."""
+        self._store.execute(
+            f"update usage set is_counted = 0 where is_history = {LOADING} and is_sidechain and is_counted and exists ("
+            # || makes text, and every blob is greater than any text.
+            "select 1 from usage as original"
+            " where original.key >= cast(substr(usage.key, 1, 8) || x'0000000000000000' as blob)"
+            " and original.key <= cast(substr(usage.key, 1, 8) || x'ffffffffffffffff' as blob)"
+            " and not original.is_sidechain"
+            " and original.request is not null)"
+        )
+        self._store.execute(
+            "insert into rollup select time / 3600000, model, session, coalesce(project, 0), coalesce(user, 0),"
+            f" count(*), {', '.join(map(_bounded_sum, _SUMMED))}"
+            f" from usage where is_history = {LOADING} and is_counted group by 1, 2, 3, 4, 5"
+            f"{_ADD_TO_ROLLUP}"
+        )
+
+        self._store.execute(f"update usage set is_history = {LOADED} where is_history = {LOADING}")
+
+    def add_to_rollups(self, changes: Iterable[tuple[RollupKey, Sums]]) -> None:
+        self._store.executemany(
+            f"insert into rollup values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?){_ADD_TO_ROLLUP}",
+            ((*key, *_bounded(sums)) for key, sums in changes),
+        )
+
+    def forget_rows(self, before: int, most: int) -> int:
+        """Delete up to `most` rows older than `before` (Unix ms), keeping their keys; their number."""
+        old = self._store.execute("select id, key from usage where time < ? limit ?", (before, most)).fetchall()
+        self._store.executemany("insert or ignore into usage_key values (?)", ((key,) for _, key in old))
+        self._store.executemany("delete from usage where id = ?", ((row_id,) for row_id, _ in old))
+        return len(old)
+
+    # --- sums ---
+
+    def cell(self, session: int, model: int) -> Cell:
+        sql = "select * from cell where session = ? and model = ?"
+        row = self._store.execute(sql, (session, model)).fetchone()
+        return _cell(row[2:]) if row else Cell()
+
+    def cells(self, session: int) -> dict[int, Cell]:
+        """All cells of a session, by model."""
+        rows = self._store.execute("select * from cell where session = ?", (session,))
+        return {row[1]: _cell(row[2:]) for row in rows}
+
+    def write_cells(self, cells: Iterable[tuple[int, int, Cell]]) -> None:
+        self._store.executemany(
+            f"insert or replace into cell values ({', '.join('?' * 13)})",
+            ((session, model, *_bounded(_flat(cell))) for session, model, cell in cells),
+        )
+
+    def truths(self) -> dict[int, TruthRow]:
+        rows = self._store.execute("select * from truth")
+        return {row[0]: TruthRow(Worth(row[1:5], row[5], row[6]), row[7], _cell(row[8:])) for row in rows}
+
+    def write_truths(self, truths: Iterable[tuple[int, TruthRow]]) -> None:
+        self._store.executemany(
+            f"insert or replace into truth values ({', '.join('?' * 19)})",
+            (
+                (model, *_bounded((*row.own.tokens, row.own.cost, row.own.unpriced, row.requests, *_flat(row.pool))))
+                for model, row in truths
+            ),
+        )
+
+    def served(self) -> list[ServedRow]:
+        return [ServedRow(*row) for row in self._store.execute("select * from served")]
+
+    def write_served(self, rows: Iterable[ServedRow]) -> None:
+        self._store.executemany("insert or replace into served values (?, ?, ?, ?, ?)", rows)
+
+    def sum_cells(self) -> tuple[int, int]:
+        """Tokens of all cells, as requests and as metrics add up to them."""
+        sql = (
+            "select sum(input + output + cache_read + cache_write),"
+            " sum(metric_input + metric_output + metric_cache_read + metric_cache_write) from cell"
+        )
+        row = self._store.execute(sql).fetchone()
+        return int(row[0] or 0), int(row[1] or 0)
+
+    def count_sessions(self) -> tuple[int, int]:
+        """Sessions that only metrics, and that only requests have seen."""
+        sql = "select sum(has_metrics and not has_requests), sum(has_requests and not has_metrics) from session"
+        row = self._store.execute(sql).fetchone()
+        return int(row[0] or 0), int(row[1] or 0)
+
+    # --- transcripts ---
+
+    def roots(self) -> dict[str, bool]:
+        """The roots that were looked at, and whether their history is read."""
+        return {path: bool(looked) for path, looked in self._store.execute("select path, looked from root")}
+
+    def add_root(self, path: str, *, looked: bool) -> None:
+        self._store.execute("insert or replace into root values (?, ?)", (path, looked))
+
+    def finish_roots(self) -> None:
+        self._store.execute("update root set looked = 1")
+
+    def transcripts(self) -> list[TranscriptRow]:
+        rows = self._store.execute("select * from transcript")
+        return [TranscriptRow(row_id, os.fsdecode(path), *rest) for row_id, path, *rest in rows]
+
+    def write_transcript(self, row: TranscriptRow) -> TranscriptRow:
+        """Insert or replace by path; the result has its id."""
+        self._store.execute(
+            "insert into transcript (path, device, inode, head, history, history_end, live, origin)"
+            " values (?, ?, ?, ?, ?, ?, ?, ?) on conflict (path) do update set device = excluded.device,"
+            " inode = excluded.inode, head = excluded.head, history = excluded.history,"
+            " history_end = excluded.history_end, live = excluded.live, origin = excluded.origin",
+            (_path(row.path), *row[2:]),
+        )
+        (row_id,) = self._store.execute("select id from transcript where path = ?", (_path(row.path),)).fetchone()
+        return row._replace(id=row_id)
+
+
+def _of_message(message: bytes) -> tuple[bytes, bytes]:
+    """The least and the greatest key of a response."""
+    return message + b"\x00" * 8, message + b"\xff" * 8
+
+
+def _path(path: str) -> str | bytes:
+    """A path as text, or as the bytes that it is where they are no text."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(path)
+    return path
+
+
+def _cell(row: tuple[Any, ...]) -> Cell:
+    return Cell(tuple(row[:4]), row[4], row[5], tuple(row[6:10]), row[10])
+
+
+def _bounded(numbers: Iterable[int]) -> Iterator[int]:
+    """Numbers as SQLite can hold them."""
+    return (max(-MAX_INTEGER, min(number, MAX_INTEGER)) for number in numbers)
+
+
+def _flat(cell: Cell) -> tuple[int, ...]:
+    return (*cell.requests, cell.requests_cost, cell.unpriced, *cell.metrics, cell.metrics_cost)
