@@ -10,6 +10,8 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
+from functools import lru_cache
 from typing import NamedTuple
 
 from bridge.model import Exemplar, ExponentialHistogram, Histogram, ProfileFamily, Summary, Value
@@ -80,9 +82,16 @@ def labels_text(labels: Iterable[tuple[str, str]]) -> str:
 
 def sample_prefix(name: str, labels: str) -> str:
     """A sample line up to and with the space before its value; `labels` as labels_text makes them."""
-    if not _LEGACY_METRIC.fullmatch(name):
-        return f"{{{name_text(name)},{labels}}} " if labels else f"{{{name_text(name)}}} "
-    return f"{name}{{{labels}}} " if labels else f"{name} "
+    opening, bare = _openings(name)
+    return f"{opening}{labels}}} " if labels else bare
+
+
+@lru_cache(maxsize=4096)
+def _openings(name: str) -> tuple[str, str]:
+    """How a sample line begins when labels follow, and when none do."""
+    if _LEGACY_METRIC.fullmatch(name):
+        return f"{name}{{", f"{name} "
+    return f"{{{name_text(name)},", f"{{{name_text(name)}}} "
 
 
 def header(name: str, kind: str, text: str, *, openmetrics: bool) -> str:
@@ -108,6 +117,7 @@ class SampleStyle(NamedTuple):
     """How the samples of one family are written. `scale` is 0 where values stand as they are."""
 
     name: str
+    kind: str
     scale: int
     openmetrics: bool
     has_created: bool
@@ -115,11 +125,14 @@ class SampleStyle(NamedTuple):
 
 def sample_lines(style: SampleStyle, labels: str, value: Value, exemplar: Exemplar | None, birth_ms: int) -> str:
     """The lines of one series: one for a number, several for histograms and summaries."""
+    if isinstance(value, int | float) and not style.openmetrics:
+        text = scaled_text(int(value), style.scale) if style.scale else number_text(value)
+        return f"{sample_prefix(style.name, labels)}{text}\n"
     noted = exemplar_text(exemplar) if exemplar is not None and style.openmetrics else ""
     match value:
         case int() | float():
             text = scaled_text(int(value), style.scale) if style.scale else number_text(value)
-            is_total = style.name.endswith("_total")
+            is_total = style.kind == "counter" and style.name.endswith("_total")
             created = _created(style, style.name.removesuffix("_total"), labels, birth_ms) if is_total else ""
             return f"{sample_prefix(style.name, labels)}{text}{noted if is_total else ''}\n{created}"
         case Histogram():
@@ -145,9 +158,13 @@ def _created(style: SampleStyle, name: str, labels: str, birth_ms: int) -> str:
 
 
 def _bound_text(bound: float, *, openmetrics: bool) -> str:
-    """`le` and `quantile`: `1` in the text format, `1.0` in OpenMetrics."""
-    text = number_text(bound)
-    return f"{text}.0" if openmetrics and text.lstrip("-").isdecimal() else text
+    """`le` and `quantile`, without exponent: `1` in the text format, `1.0` in OpenMetrics."""
+    if not math.isfinite(bound):
+        return number_text(bound)
+    text = format(Decimal(repr(float(bound))), "f")
+    if openmetrics:
+        return text if "." in text else f"{text}.0"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _histogram_lines(
@@ -164,9 +181,12 @@ def _histogram_lines(
         lines.append(
             f"{sample_prefix(f'{style.name}_bucket', le)}{running}{noted if index == marked else ''}\n"
         )  # fmt: skip
-    if value.sum is not None:
+    # OpenMetrics has a sum only where it is a counter, and a count only beside a sum; +Inf says the same.
+    has_sum = value.sum is not None and not (value.bounds and value.bounds[0] < 0) and value.sum >= 0
+    if value.sum is not None and (has_sum or not style.openmetrics):
         lines.append(f"{sample_prefix(f'{style.name}_sum', labels)}{number_text(value.sum)}\n")
-    lines.append(f"{sample_prefix(f'{style.name}_count', labels)}{value.count}\n")
+    if has_sum or not style.openmetrics:
+        lines.append(f"{sample_prefix(f'{style.name}_count', labels)}{value.count}\n")
     lines.append(_created(style, style.name, labels, birth_ms))
     return "".join(lines)
 
@@ -229,7 +249,7 @@ def negotiate(accept: str) -> Format:
         kind, *rest = media_range.split(";")
         parameters = {found[1].lower(): found[2] for part in rest if (found := _PARAMETER.match(part))}
         offered = _offered(kind.strip().lower(), parameters)
-        q = _quality(parameters.get("q", "1"))
+        q = quality(parameters.get("q", "1"))
         if offered is not None and q > max(best_q, 0.0):
             best, best_q = offered, q
     return best
@@ -251,7 +271,8 @@ def _offered(kind: str, parameters: Mapping[str, str]) -> Format | None:
             return None
 
 
-def _quality(text: str) -> float:
+def quality(text: str) -> float:
+    """The weight of an offer in an Accept header, between 0 and 1; 0 for what is no number."""
     try:
         return min(max(float(text), 0.0), 1.0)
     except ValueError:

@@ -11,61 +11,63 @@ would count as growth. Anybody else, such as curl, sees the values at once.
 import asyncio
 import gzip
 import html
+import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import blake2b
 
 from aiohttp import web
 
-from bridge import __version__, exposition, naming
+from bridge import __version__, exposition, pricing
 from bridge.config import Config
 from bridge.exposition import Format, SampleStyle
-from bridge.ledger import Ledger, Series
-from bridge.model import ExponentialHistogram, Histogram, Kind, Summary, Value
-from bridge.naming import Escaping, MetricType, NamingError, Strategy
-from bridge.store import MetricRow, StoreUnavailable
+from bridge.join import KINDS
+from bridge.ledger import Ledger
+from bridge.naming import Escaping, Strategy
+from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry
-from bridge.tools.claude_code import XRG_PROFILE
-from bridge.values import add, subtract
+from bridge.tools.claude_code import XRG_PROFILE, environment
+from bridge.usage_store import ModelRow
+from bridge.web.families import RESERVED, Families
 from bridge.web.server import Refused, Routes, response
 
-_TYPES = {
-    Kind.COUNTER: (MetricType.COUNTER, "counter"),
-    Kind.UPDOWN: (MetricType.UPDOWN, "gauge"),
-    Kind.GAUGE: (MetricType.GAUGE, "gauge"),
-    Kind.HISTOGRAM: (MetricType.HISTOGRAM, "histogram"),
-    Kind.EXPONENTIAL: (MetricType.HISTOGRAM, "histogram"),
-    Kind.SUMMARY: (MetricType.SUMMARY, "summary"),
-}
-_BORN_AT_ZERO = frozenset({Kind.COUNTER, Kind.HISTOGRAM, Kind.EXPONENTIAL})
-_OURS = ("bridge_", "process_", "target_info")
-"""Families that a client must not write to; its metric of such a name gets `exported_` in front."""
-_RESERVED = frozenset({"job", "instance"})
-_RESERVED_OF = {"histogram": _RESERVED | {"le"}, "summary": _RESERVED | {"quantile"}}
+INSTANCE_HEADER = "X-Bridge-Instance"
+"""What this run of the bridge calls itself, so that `doctor` knows it from a stranger on the port."""
+_JOINED = (
+    ("ai_tokens_total", "Tokens of all sources joined, in disjoint types.", KINDS, 1),
+    ("ai_cost_usd_total", "US dollars of all sources joined; API-equivalent for subscriptions.", ("usd",), 10**9),
+    ("ai_requests_total", "API requests that events or transcripts tell of.", ("requests",), 1),
+)
+LOAD_SECONDS = 1.0
+"""How long a scrape waits for the state to be loaded, rather than fail; XRG gives up after two seconds."""
 COMPRESS_FROM = 16 * 2**10
 """Larger answers are compressed in a thread, so that exports are taken meanwhile."""
 
 log = logging.getLogger("bridge")
 
 
-class _Exposed(NamedTuple):
-    """A family as it is shown: what several metrics of one name and type have in common, and their members."""
-
-    kind: str
-    text: str
-    members: list[tuple[MetricRow, Iterable[Series]]]
-
-
 class Views:
     """Answers scrapes from the ledger's projection."""
 
-    def __init__(self, ledger: Ledger, config: Config, telemetry: Telemetry, clock_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        config: Config,
+        telemetry: Telemetry,
+        clock_ms: Callable[[], int],
+        instance: str = "",
+    ) -> None:
         self._ledger = ledger
+        self._instance = {INSTANCE_HEADER: instance} if instance else None
         self._strategy = Strategy(config.names)
+        self._families = Families(ledger, self._strategy)
         self._has_created = config.created_series
         self._telemetry = telemetry
         self._clock_ms = clock_ms
         self._last_ms = 0
+        self.progress: Callable[[], str] = str
+        """What /-/ready says besides: how far something long has got."""
 
     @property
     def routes(self) -> Routes:
@@ -77,172 +79,142 @@ class Views:
             "/-/ready": {"GET": self._ready},
         }
 
-    def _require_ready(self) -> None:
-        if not self._ledger.ready:
+    async def _require_ready(self, *, waits: bool = True) -> None:
+        if not self._ledger.ready and not await self._ledger.wait_ready(LOAD_SECONDS if waits else 0):
             raise Refused(503, "the state is being loaded; try again")
 
     async def _xrg(self, request: web.BaseRequest) -> web.Response:
         del request
-        self._require_ready()
+        await self._require_ready()
         # The clock may be set back; a poller must not see time run backwards.
         self._last_ms = max(self._last_ms, self._clock_ms())
-        body = exposition.xrg_profile(XRG_PROFILE, self._ledger.totals, self._last_ms)
+        body = exposition.xrg_profile(XRG_PROFILE, self._ledger.shown_totals, self._last_ms)
         return response(body, exposition.XRG_CONTENT_TYPE)
 
     async def _healthy(self, request: web.BaseRequest) -> web.Response:
         del request
-        return response(b"healthy\n", "text/plain; charset=utf-8")
+        return response(b"healthy\n", "text/plain; charset=utf-8", headers=self._instance)
 
     async def _ready(self, request: web.BaseRequest) -> web.Response:
         del request
-        self._require_ready()
-        return response(b"ready\n", "text/plain; charset=utf-8")
+        await self._require_ready(waits=False)
+        text = "\n".join(["ready", *filter(None, [self.progress()])])
+        return response(f"{text}\n".encode(), "text/plain; charset=utf-8", headers=self._instance)
 
     async def _landing(self, request: web.BaseRequest) -> web.Response:
-        page = _LANDING.format(version=__version__, host=html.escape(request.headers.get("Host") or "localhost:4318"))
+        host = request.headers.get("Host") or "localhost:4318"
+        variables = "\n".join(f"export {name}={value}" for name, value in environment(f"http://{host}").items())
+        page = _LANDING.format(version=__version__, environment=html.escape(variables))
         return response(page.encode(), "text/html; charset=utf-8")
 
     # --- /metrics ---
 
     async def _prometheus(self, request: web.BaseRequest) -> web.Response:
-        self._require_ready()
+        await self._require_ready()
         wanted = exposition.negotiate(request.headers.get("Accept", ""))
         names = frozenset(request.rel_url.query.getall("name[]", ()))
         self._telemetry.series.set(self._ledger.count)
+        self._telemetry.held.set(len(self._ledger.floors))
         self._telemetry.storage_ok.set(self._ledger.healthy)
-        scraper = _scraper(request)
-        shown = self._ledger.scrapers.get(scraper) if scraper else None
+        scraper = _scraper(request, names)
+        shown = self._ledger.shown_to(scraper) if scraper else None
         commits = self._ledger.commits
         has_zeros, text = self._render(wanted, names, commits if shown is None else shown)
-        if scraper:
+        if scraper and request.method == "GET":  # an answer without a body has shown nothing
             await self._note(scraper, commits, must_commit=has_zeros or shown is None)
         body = text.encode() + self._telemetry.render(wanted, names)
         return await _compressed(body, wanted.content_type, request.headers.get("Accept-Encoding", ""))
 
     async def _note(self, scraper: str, commits: int, *, must_commit: bool) -> None:
         if not must_commit:
-            self._ledger.scrapers[scraper] = commits
+            self._ledger.note_shown(scraper, commits)
             return
         try:
-            await self._ledger.note_scraper(scraper, commits)
+            await self._ledger.commit_shown(scraper, commits)
         except StoreUnavailable as error:
             # A full disk must not end the scrapes; at worst this scraper sees a 0 a second time after a restart.
             log.warning("cannot note what a scraper was shown", extra={"error": error})
-            self._ledger.scrapers[scraper] = commits
 
-    def _render(self, wanted: Format, names: frozenset[str], shown: int) -> tuple[bool, str]:
-        """Whether a counter stands at 0 because it was born after commit `shown`, and the families."""
+    def _render(self, wanted: Format, names: frozenset[str], scraper: int) -> tuple[bool, str]:
+        """Whether a counter stands at 0 because it was born after commit `scraper`, and the families."""
         escaping = None if self._strategy.is_escaping else Escaping(wanted.escaping or "underscores")
         has_zeros = False
         lines: list[str] = []
-        for name, exposed in self._exposed(escaping).items():
-            if names and not _is_wanted(name, names):
+        for family in self._families.families(escaping):
+            if names and not _is_wanted(family.name, names):
                 continue
-            style = SampleStyle(name, 0, wanted.openmetrics, self._has_created)
-            lines.append(exposition.header(name, exposed.kind, exposed.text, openmetrics=wanted.openmetrics))
-            for labels, (scale, value, series, is_zero) in self._merged(exposed, shown, escaping).items():
-                has_zeros |= is_zero
-                scaled = style._replace(scale=scale)
-                lines.append(exposition.sample_lines(scaled, labels, value, series.exemplar, series.row.birth))
+            styles = {
+                metric.scale: SampleStyle(family.name, family.kind, metric.scale, wanted.openmetrics, self._has_created)
+                for metric in family.metrics
+            }
+            styles[0] = SampleStyle(family.name, family.kind, 0, wanted.openmetrics, self._has_created)
+            samples: list[str] = []
+            for shown in self._families.shown(family, scraper, escaping):
+                has_zeros |= shown.is_newborn
+                series = shown.series
+                samples.append(
+                    exposition.sample_lines(
+                        styles[shown.scale], shown.labels, shown.value, series.exemplar, series.row.birth
+                    )
+                )
+            if samples:
+                lines.append(exposition.header(family.name, family.kind, family.text, openmetrics=wanted.openmetrics))
+                lines += samples
+        joined_zeros, joined = self._joined(wanted, names, scraper)
+        lines += joined
         if not names or "target_info" in names:
             lines += self._target_info(wanted, escaping)
-        return has_zeros, "".join(lines)
+        return has_zeros or joined_zeros, "".join(lines)
 
-    def _exposed(self, escaping: Escaping | None) -> dict[str, _Exposed]:
-        """The families by their final name. Of two types under one name the later gets its type as a suffix."""
-        families: dict[str, _Exposed] = {}
-        for metric_id, members in self._ledger.families.items():
-            if not members:
+    def _joined(self, wanted: Format, names: frozenset[str], shown: int) -> tuple[bool, list[str]]:
+        """The families that are joined of all sources: labels are functions of tool and model alone."""
+        has_zeros = False
+        lines: list[str] = []
+        for name, text, kinds, scale in _JOINED:
+            if names and not _is_wanted(name, names):
                 continue
-            metric = self._ledger.metrics[metric_id]
-            metric_type, kind = _TYPES[Kind(metric.kind)]
-            try:
-                name = naming.metric_name(metric.name, metric.unit, metric_type, strategy=self._strategy)
-            except NamingError:
-                name = naming.escape_name(metric.name or "unnamed", Escaping.VALUES)
-            if name.startswith(_OURS):
-                name = f"exported_{name}"
-            if escaping is not None:
-                name = naming.escape_name(name, escaping)
-            if name in families and families[name].kind != kind:
-                name = f"{name}_{kind}"
-            text = f"{metric.description} (OTLP {metric.name})" if metric.description else f"OTLP {metric.name}"
-            families.setdefault(name, _Exposed(kind, text, [])).members.append((metric, members.values()))
-        return families
-
-    def _merged(
-        self, exposed: _Exposed, shown: int, escaping: Escaping | None
-    ) -> dict[str, tuple[int, Value, Series, bool]]:
-        """Labels -> scale, value, a series, and whether it is a newborn's 0.
-
-        Two attribute sets can become one label set; what counts is then added up, of gauges the later one stands.
-        """
-        merged: dict[str, tuple[int, Value, Series, bool]] = {}
-        for metric, members in exposed.members:
-            starts_at_zero = Kind(metric.kind) in _BORN_AT_ZERO
-            for series in members:
-                row = series.row
-                if row.value is None:
+            style = SampleStyle(name, "counter", scale, wanted.openmetrics, self._has_created)
+            samples: list[str] = []
+            for (model_id, kind), row in self._ledger.served.items():
+                if kind not in kinds:
                     continue
-                labels = series.labels if escaping is None else ""
-                if not labels:
-                    labels = self._labels(series, exposed.kind, escaping)
-                is_zero = starts_at_zero and row.born > shown
-                value = _zero(row.value) if is_zero else subtract(row.value, row.base)
-                if labels in merged:
-                    scale, other, neighbour, was_zero = merged[labels]
-                    if starts_at_zero and scale == metric.scale:
-                        value = add(other, value)
-                    elif neighbour.row.time > row.time:
-                        value, series = other, neighbour  # the later gauge stands for both
-                    is_zero |= was_zero
-                merged[labels] = (metric.scale, value, series, is_zero)
-        return merged
+                model = self._ledger.models[model_id]
+                labels = _model_labels(model)
+                if len(kinds) > 1:
+                    labels.append(("type", kind))
+                is_zero = row.born > shown
+                has_zeros |= is_zero
+                value = 0 if is_zero else row.value
+                samples.append(exposition.sample_lines(style, exposition.labels_text(labels), value, None, row.birth))
+            if samples:
+                lines += [exposition.header(name, "counter", text, openmetrics=wanted.openmetrics), *samples]
+        return has_zeros, lines + self._unpriced(wanted, names)
 
-    def _labels(self, series: Series, kind: str, escaping: Escaping | None) -> str:
-        row = series.row
-        reserved = _RESERVED_OF.get(kind, _RESERVED)
-        pairs = naming.labels(row.labels, strategy=self._strategy, reserved=reserved)
-        if escaping is not None:
-            pairs = naming.labels(
-                [(naming.escape_name(label, escaping, is_label=True), value) for label, value in pairs],
-                strategy=Strategy.NO_TRANSLATION,
-                reserved=reserved,
-            )
-        overflow = not row.job and not row.instance
-        text = exposition.labels_text(pairs if overflow else (*pairs, ("job", row.job), ("instance", row.instance)))
-        if escaping is None:
-            series.labels = text
-        return text
+    def _unpriced(self, wanted: Format, names: frozenset[str]) -> list[str]:
+        name = "ai_unpriced_tokens"
+        if not self._ledger.unpriced or (names and name not in names):
+            return []
+        style = SampleStyle(name, "gauge", 1, wanted.openmetrics, has_created=False)
+        lines = [exposition.header(name, "gauge", "Tokens whose cost nobody knows.", openmetrics=wanted.openmetrics)]
+        for model_id, tokens in self._ledger.unpriced.items():
+            labels = exposition.labels_text(_model_labels(self._ledger.models[model_id]))
+            lines.append(exposition.sample_lines(style, labels, tokens, None, 0))
+        return lines
 
     def _target_info(self, wanted: Format, escaping: Escaping | None) -> Iterator[str]:
         """The other resource attributes, one series a job and instance, for joins."""
-        style = SampleStyle("target_info", 0, wanted.openmetrics, has_created=False)
+        style = SampleStyle("target_info", "info", 0, wanted.openmetrics, has_created=False)
         for number, target in enumerate(self._ledger.targets.values()):
             if not number:
                 text = "Attributes of what sent the metrics of this job and instance."
                 yield exposition.header("target_info", "info", text, openmetrics=wanted.openmetrics)
-            pairs = naming.labels(target.attributes, strategy=self._strategy, reserved=_RESERVED)
-            if escaping is not None:
-                pairs = tuple((naming.escape_name(label, escaping, is_label=True), value) for label, value in pairs)
+            pairs = self._families.pairs(target.attributes, RESERVED, escaping)
             labels = exposition.labels_text((*pairs, ("job", target.job), ("instance", target.instance)))
             yield exposition.sample_lines(style, labels, 1, None, 0)
 
 
-def _zero(value: Value) -> Value:
-    match value:
-        case Histogram():
-            return Histogram(value.bounds, (0,) * len(value.counts), 0, None if value.sum is None else 0.0)
-        case ExponentialHistogram():
-            empty = (0,) * len(value.positive), (0,) * len(value.negative)
-            return ExponentialHistogram(
-                value.scale, 0, value.zero_threshold, value.positive_offset, empty[0], value.negative_offset, empty[1],
-                0, None if value.sum is None else 0.0,
-            )  # fmt: skip
-        case Summary():
-            return value
-        case _:
-            return 0
+def _model_labels(model: ModelRow) -> list[tuple[str, str]]:
+    return [("tool", model.tool), ("provider", pricing.provider_of(model.name)), ("model", model.name)]
 
 
 _SUFFIXES = ("_bucket", "_sum", "_count", "_total", "_created")
@@ -253,35 +225,53 @@ def _is_wanted(name: str, names: frozenset[str]) -> bool:
     return name in names or any(f"{name}{suffix}" in names for suffix in _SUFFIXES)
 
 
-def _scraper(request: web.BaseRequest) -> str:
-    """Who scrapes: Prometheus sends its timeout; address, product and the query parameter tell scrapers apart."""
+def _scraper(request: web.BaseRequest, names: frozenset[str]) -> str:
+    """Who scrapes: Prometheus sends its timeout. Address, product, the query parameter `scraper` and the families
+    asked for tell scrapers apart."""
     if "X-Prometheus-Scrape-Timeout-Seconds" not in request.headers:
         return ""
     product = request.headers.get("User-Agent", "").partition("/")[0]
-    return f"{request.remote}|{product}|{request.rel_url.query.get('scraper', '')}"[:256]
+    asked = ",".join(sorted(names))
+    key = f"{request.remote}|{product}|{request.rel_url.query.get('scraper', '')}|{asked}"
+    return key if len(key) <= 256 else f"{key[:200]}~{blake2b(key.encode(), digest_size=16).hexdigest()}"
+
+
+def _packers() -> dict[str, Callable[[bytes], bytes]]:
+    """Content codings by preference; zstd where Python has it (3.14 and later)."""
+    packers: dict[str, Callable[[bytes], bytes]] = {}
+    if importlib.util.find_spec("compression") is not None:
+        packers["zstd"] = importlib.import_module("compression.zstd").compress
+    packers["gzip"] = partial(gzip.compress, compresslevel=1)
+    return packers
+
+
+_PACKERS = _packers()
 
 
 async def _compressed(body: bytes, content_type: str, accept_encoding: str) -> web.Response:
-    """The body in gzip when the scraper takes it."""
+    """The body in the best coding that the scraper takes."""
     headers = {"Vary": "Accept, Accept-Encoding"}
-    if not _accepts_gzip(accept_encoding):
+    offers = _offers(accept_encoding)
+    coding = next((name for name in _PACKERS if offers.get(name, offers.get("*", 0.0)) > 0), None)
+    if coding is None:
         return response(body, content_type, headers=headers)
+    pack = _PACKERS[coding]
     if len(body) < COMPRESS_FROM:
-        packed = gzip.compress(body, 1)
+        packed = pack(body)
     else:
-        packed = await asyncio.get_running_loop().run_in_executor(None, gzip.compress, body, 1)
-    return response(packed, content_type, headers={**headers, "Content-Encoding": "gzip"})
+        packed = await asyncio.get_running_loop().run_in_executor(None, pack, body)
+    return response(packed, content_type, headers={**headers, "Content-Encoding": coding})
 
 
-def _accepts_gzip(accept_encoding: str) -> bool:
+def _offers(accept_encoding: str) -> dict[str, float]:
+    """Content codings with their quality. RFC 9110, 12.5.3."""
+    offers: dict[str, float] = {}
     for offer in accept_encoding.lower().split(","):
         name, *parameters = (part.strip() for part in offer.split(";"))
-        if name in ("gzip", "*"):
-            return not any(parameter.replace(" ", "") in _NO for parameter in parameters)
-    return False
+        weights = [part.partition("=")[2] for part in parameters if part.replace(" ", "").startswith("q=")]
+        offers[name] = exposition.quality(weights[0]) if weights else 1.0
+    return offers
 
-
-_NO = frozenset({"q=0", "q=0.0", "q=0.00", "q=0.000"})
 
 _LANDING = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>claude-otel-bridge</title>
@@ -296,13 +286,9 @@ color-scheme:light dark}}pre{{background:#8882;padding:.8rem;overflow:auto}}</st
 <li><a href="/-/ready">/-/ready</a>, <a href="/-/healthy">/-/healthy</a>: for supervisors</li>
 </ul>
 <h2>Point Claude Code here</h2>
-<pre>export CLAUDE_CODE_ENABLE_TELEMETRY=1
-export OTEL_METRICS_EXPORTER=otlp
-export OTEL_LOGS_EXPORTER=otlp
-export OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf
-export OTEL_EXPORTER_OTLP_ENDPOINT=http://{host}
-export OTEL_METRIC_EXPORT_INTERVAL=10000</pre>
-<p>Or put the same names under <code>env</code> in <code>~/.claude/settings.json</code>. Then run <code>claude</code>
+<pre>{environment}</pre>
+<p>Or let <code>claude-otel-bridge setup --write</code> put the same names under <code>env</code> in
+<code>~/.claude/settings.json</code>. Then run <code>claude</code>
 and watch <a href="/v1/metrics">/v1/metrics</a> move within ten seconds of its first answer.</p>
 </body></html>
 """

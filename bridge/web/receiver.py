@@ -2,7 +2,8 @@
 
 Law: a 200 means that the points are in a committed transaction. Memory is bounded: a body has a limit before and
 after decompression, all bodies together a budget, and one large body is decoded at a time, beside the event loop.
-Logs and traces are counted by name and answered fast, since they share the client's connection with the metrics.
+Logs and traces are answered fast, since they share the client's connection with the metrics: they are counted by
+name, and events tell of API requests; their contents are not kept.
 Source of the answers: opentelemetry-proto 1.11, `docs/specification.md`, OTLP/HTTP.
 """
 
@@ -23,10 +24,15 @@ from bridge.model import DROP_TEXT, Batch, Drop, Receipt, Refusal
 from bridge.otlp import Encoding, Signal
 from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle
+from bridge.tools import claude_code
 from bridge.web.server import Refused, Routes, response
 
-BUDGET_BYTES = 64 * 2**20
-"""All bodies that are being read, decoded and posted, at most."""
+BUDGET_BYTES = 32 * 2**20
+"""All bodies that are being read and decoded, at most."""
+BUDGET_POINTS = 100_000
+"""All data points that wait for their commit, at most; one takes about a kilobyte."""
+LOAD_SECONDS = 5.0
+"""How long an export waits for the state to be loaded; the client's own timeout is ten."""
 SMALL_BODY = 128 * 2**10
 """Larger bodies are decoded in a thread, so that scrapes are answered meanwhile."""
 
@@ -44,6 +50,7 @@ class Receiver:
         self._throttle = throttle
         self._content_keys = otlp.CONTENT_KEYS.union(config.labels.deny)
         self._in_flight = 0
+        self._points = 0
         self._decoder = ThreadPoolExecutor(1, "decode")
         self.draining = False
 
@@ -72,7 +79,7 @@ class Receiver:
     async def _receive(self, request: web.BaseRequest, signal: Signal) -> web.Response:
         encoding = _encoding(request)
         content_encoding = _content_encoding(request)
-        if self.draining or not self._ledger.ready:
+        if self.draining or not (self._ledger.ready or await self._ledger.wait_ready(LOAD_SECONDS)):
             raise Refused(503, "starting or stopping; try again")
         taken = 0
         try:
@@ -84,9 +91,9 @@ class Receiver:
                 taken += room
             body = await self._beside(len(wire), lambda: otlp.decompress(wire, content_encoding, self._limit))
             answer = await self._beside(len(body), lambda: self._decode(body, encoding, signal))
-            if isinstance(answer, otlp.Names):
-                return self._count(answer, signal, encoding)
-            receipt = await self._ledger.post(answer, body)
+            if isinstance(answer, otlp.Records):
+                return await self._take_records(answer, body, signal, encoding)
+            receipt = await self._post(answer, body)
         except otlp.DecodeError as error:
             raise Refused(400, str(error)) from None
         except otlp.TooLarge as error:
@@ -140,25 +147,48 @@ class Receiver:
         self._throttle.warning("too_large", f"refused an export: {what}")
         return Refused(413, what)
 
+    async def _post(self, batch: Batch, body: bytes) -> Receipt:
+        count = len(batch.points)
+        if self._points and self._points + count > BUDGET_POINTS:
+            raise Refused(503, "too many data points at once; try again")
+        self._points += count
+        try:
+            return await self._ledger.post(batch, body)
+        finally:
+            self._points -= count
+
     async def _beside(self, size: int, work: Callable[[], T]) -> T:
         """Do small work at once, large work beside the event loop."""
         if size <= SMALL_BODY:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._decoder, work)
 
-    def _decode(self, body: bytes, encoding: Encoding, signal: Signal) -> Batch | otlp.Names:
-        if signal is Signal.METRICS:
-            return otlp.decode_metrics(body, encoding, self._content_keys)
-        return otlp.decode_names(body, encoding, signal)
+    def _decode(self, body: bytes, encoding: Encoding, signal: Signal) -> Batch | otlp.Records:
+        match signal:
+            case Signal.METRICS:
+                return otlp.decode_metrics(body, encoding, self._content_keys)
+            case Signal.LOGS:
+                return otlp.decode_logs(body, encoding, claude_code.EVENT_KEYS)
+            case Signal.TRACES:
+                return otlp.decode_traces(body, encoding)
 
     # --- what came of it ---
 
-    def _count(self, names: otlp.Names, signal: Signal, encoding: Encoding) -> web.Response:
+    async def _take_records(
+        self, records: otlp.Records, body: bytes, signal: Signal, encoding: Encoding
+    ) -> web.Response:
+        """Count log records or spans by name; what events tell of goes into the ledger."""
         counter = self._telemetry.log_records if signal is Signal.LOGS else self._telemetry.spans
-        self._telemetry.count_names(counter, names.counts)
-        if names.counts:
-            self._telemetry.note_export(names.service, signal.value)
-        return response(otlp.success(signal, encoding), encoding.value)
+        self._telemetry.count_names(counter, records.counts)
+        if records.counts:
+            self._telemetry.note_export(records.service, signal.value)
+        refused: tuple[Refusal, ...] = ()
+        if records.events:
+            usages, points, wrong = claude_code.read_events(records.events)
+            refused = (await self._post(Batch(points, wrong, tuple(usages)), body)).refused
+            for refusal in refused:
+                self._telemetry.dropped.labels(refusal.reason.value).inc()
+        return response(otlp.success(signal, encoding, len(refused), refusal_text(refused)), encoding.value)
 
     def _note(self, receipt: Receipt, service: str) -> None:
         telemetry = self._telemetry

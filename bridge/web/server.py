@@ -163,7 +163,8 @@ class Server(web.Server):
             answer = await self._route(request)(request)
         except Refused as error:
             answer = error_response(error, answer_encoding(request.headers.get("Content-Type", "")))
-            self.telemetry.refused.labels(str(error.code)).inc()
+            if not request.path.startswith("/-/"):  # a supervisor that asks too early was not refused anything
+                self.telemetry.refused.labels(str(error.code)).inc()
         if self.draining:
             answer.force_close()
         return answer
@@ -196,6 +197,8 @@ class Server(web.Server):
         path = request.path
         methods = self._routes.get(path)
         if methods is None or (request.method == "POST" and path == "/" and _is_otlp(request)):
+            if request.method == "POST":
+                self.telemetry.wrong_path.inc()
             raise Refused(404, f"nothing is served here; {_path_advice(request)}")
         method = "GET" if request.method == "HEAD" and "GET" in methods else request.method
         if method not in methods:

@@ -1,0 +1,181 @@
+"""What the ledger's series are called and labelled on /metrics, and which of them are one series there.
+
+Law: a page is well-formed whatever clients send. Names are given in the order in which metrics were first seen, also
+to those that show nothing now, so a name never changes hands; none is that of one of the bridge's own families, nor
+of a sample of another family. Two attribute sets that become one label set are one series: what counts is added up.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bridge import exposition, naming
+from bridge.ledger import Ledger, Series
+from bridge.mark import held_up
+from bridge.model import Histogram, Kind, Value
+from bridge.naming import Escaping, MetricType, NamingError, Strategy
+from bridge.store import MetricRow
+from bridge.values import add, difference, zeroed
+
+_TYPES = {
+    Kind.COUNTER: (MetricType.COUNTER, "counter"),
+    Kind.UPDOWN: (MetricType.UPDOWN, "gauge"),
+    Kind.GAUGE: (MetricType.GAUGE, "gauge"),
+    Kind.HISTOGRAM: (MetricType.HISTOGRAM, "histogram"),
+    Kind.EXPONENTIAL: (MetricType.HISTOGRAM, "histogram"),
+    Kind.SUMMARY: (MetricType.SUMMARY, "summary"),
+}
+_ADDED_UP = frozenset({Kind.COUNTER, Kind.UPDOWN, Kind.HISTOGRAM, Kind.EXPONENTIAL})
+_BORN_AT_ZERO = frozenset({Kind.COUNTER, Kind.HISTOGRAM, Kind.EXPONENTIAL})
+_OUR_PREFIXES = ("bridge_", "process_")
+_OUR_NAMES = frozenset(
+    {"target", "target_info", "ai_tokens", "ai_tokens_total", "ai_cost_usd", "ai_cost_usd_total", "ai_requests",
+     "ai_requests_total", "ai_unpriced_tokens"}
+)  # fmt: skip
+"""Names that a client must not write to; its metric of such a name gets `exported_` in front."""
+RESERVED = frozenset({"job", "instance"})
+_RESERVED_OF = {"histogram": RESERVED | {"le"}, "summary": RESERVED | {"quantile"}}
+
+
+class Family(NamedTuple):
+    """A family as it is shown: name, Prometheus type, help text, and the metrics that it is made of."""
+
+    name: str
+    kind: str
+    text: str
+    metrics: list[MetricRow]
+
+
+class Shown(NamedTuple):
+    """One series as it is shown. `scale` is 0 where the value stands as it is; `is_newborn`: it stands at 0 because
+    the scraper has not seen it before."""
+
+    labels: str
+    value: Value
+    scale: int
+    series: Series
+    is_newborn: bool
+
+
+class Families:
+    """The families of a ledger in one naming strategy."""
+
+    def __init__(self, ledger: Ledger, strategy: Strategy) -> None:
+        self._ledger = ledger
+        self._strategy = strategy
+        self._named: dict[Escaping | None, tuple[int, list[Family]]] = {}
+
+    def families(self, escaping: Escaping | None) -> list[Family]:
+        """All families, in the order of their first metric; also those that show nothing now."""
+        count = len(self._ledger.metrics)
+        known = self._named.get(escaping)
+        if known is None or known[0] != count:
+            known = self._named[escaping] = (count, self._name_all(escaping))
+        return known[1]
+
+    def _name_all(self, escaping: Escaping | None) -> list[Family]:
+        families: dict[str, Family] = {}
+        owners: dict[str, str] = {}
+        for metric in sorted(self._ledger.metrics.values()):
+            metric_type, kind = _TYPES[Kind(metric.kind)]
+            plain = self._plain_name(metric, metric_type, escaping)
+            for name in (plain, f"{plain}_{kind}", f"{plain}_{kind}_{metric.id}"):
+                taken = _taken_names(name, kind)
+                if all(owners.get(part, name) == name for part in taken) and families.get(name, _ANY).kind in (
+                    kind,
+                    "",
+                ):
+                    break
+            owners.update(dict.fromkeys(taken, name))
+            text = f"{metric.description} (OTLP {metric.name})" if metric.description else f"OTLP {metric.name}"
+            families.setdefault(name, Family(name, kind, text, [])).metrics.append(metric)
+        return list(families.values())
+
+    def _plain_name(self, metric: MetricRow, metric_type: MetricType, escaping: Escaping | None) -> str:
+        try:
+            name = naming.metric_name(metric.name, metric.unit, metric_type, strategy=self._strategy)
+        except NamingError:
+            name = naming.escape_name(metric.name or "unnamed", Escaping.VALUES)
+        if escaping is not None:
+            name = naming.escape_name(name, escaping)
+        kind = _TYPES[Kind(metric.kind)][1]
+        is_ours = name.startswith(_OUR_PREFIXES) or not _OUR_NAMES.isdisjoint(_taken_names(name, kind))
+        return f"exported_{name}" if is_ours else name
+
+    def shown(self, family: Family, scraper: int, escaping: Escaping | None) -> Iterator[Shown]:
+        """The series of a family for a scraper that was shown commit `scraper` last."""
+        merged: dict[str, Shown] = {}
+        for metric in family.metrics:
+            kind = Kind(metric.kind)
+            for series in self._ledger.families.get(metric.id, {}).values():
+                value, is_newborn = _value(series, kind, scraper)
+                if value is None:
+                    continue
+                labels = (series.labels if escaping is None else "") or self._labels(series, family.kind, escaping)
+                one = Shown(labels, value, metric.scale, series, is_newborn)
+                merged[labels] = _merge(merged[labels], one, kind) if labels in merged else one
+        yield from merged.values()
+
+    def _labels(self, series: Series, kind: str, escaping: Escaping | None) -> str:
+        row = series.row
+        pairs = self.pairs(row.labels, _RESERVED_OF.get(kind, RESERVED), escaping)
+        is_overflow = not row.job and not row.instance
+        text = exposition.labels_text(pairs if is_overflow else (*pairs, ("job", row.job), ("instance", row.instance)))
+        if escaping is None:
+            series.labels = text
+        return text
+
+    def pairs(
+        self, labels: tuple[tuple[str, str], ...], reserved: frozenset[str], escaping: Escaping | None
+    ) -> tuple[tuple[str, str], ...]:
+        """Labels under their final names, each once."""
+        pairs = naming.labels(labels, strategy=self._strategy, reserved=reserved)
+        if escaping is None:
+            return pairs
+        escaped = [(naming.escape_name(label, escaping, is_label=True), value) for label, value in pairs]
+        return naming.labels(escaped, strategy=Strategy.NO_TRANSLATION, reserved=reserved)
+
+
+_ANY = Family("", "", "", [])
+
+
+def _taken_names(name: str, kind: str) -> tuple[str, ...]:
+    """The names of a family's samples, and its name in OpenMetrics."""
+    match kind:
+        case "counter" if name.endswith("_total"):
+            base = name.removesuffix("_total")
+            return name, base, f"{base}_created"
+        case "histogram":
+            return name, *(f"{name}_{part}" for part in ("bucket", "sum", "count", "created"))
+        case "summary":
+            return name, f"{name}_sum", f"{name}_count", f"{name}_created"
+        case _:
+            return (name,)
+
+
+def _value(series: Series, kind: Kind, scraper: int) -> tuple[Value | None, bool]:
+    """What a series shows, and whether that is a newborn's 0. None: it has ended, or has not begun."""
+    row = series.row
+    if kind is Kind.COUNTER and series.floor is None and row.born <= scraper and not row.base:
+        return row.value, False  # nearly all there is
+    if row.value is None or (kind in (Kind.HISTOGRAM, Kind.EXPONENTIAL, Kind.SUMMARY) and isinstance(row.value, int)):
+        return None, False
+    # A held series was shown before, whatever its row says.
+    if series.floor is not None:
+        return held_up(row.value, series.floor), False
+    if kind in _BORN_AT_ZERO and row.born > scraper:
+        return zeroed(row.value), True
+    return difference(row.value, row.base), False
+
+
+def _merge(a: Shown, b: Shown, kind: Kind) -> Shown:
+    if kind not in _ADDED_UP:
+        return max(a, b, key=lambda shown: shown.series.row.time)
+    if a.scale != b.scale:
+        a, b = _unscaled(a), _unscaled(b)
+    return a._replace(value=add(a.value, b.value), is_newborn=a.is_newborn or b.is_newborn)
+
+
+def _unscaled(shown: Shown) -> Shown:
+    if not shown.scale or isinstance(shown.value, Histogram) or not isinstance(shown.value, int | float):
+        return shown._replace(scale=0)
+    return shown._replace(value=shown.value / shown.scale, scale=0)
