@@ -60,10 +60,15 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     hosts: tuple[str, ...] = ()
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_file: str = ""
     retention_days: Annotated[float, Meta(ge=1, le=90)] = 7.0
     series_expiry_hours: Annotated[float, Meta(gt=0, le=24 * 3660)] = 24.0
     names: Names = "UnderscoreEscapingWithSuffixes"
     created_series: bool = False
+    source: Literal["auto", "otlp", "transcripts"] = "auto"
+    transcripts: bool = True
+    history_days: Annotated[float, Meta(ge=1, le=36_500)] = 90.0
+    prices: dict[str, dict[str, float]] = {}
     labels: Labels = Labels()
     limits: Limits = Limits()
 
@@ -74,11 +79,16 @@ DESCRIPTIONS = {
     "hosts": "more names that clients may use in the Host header",
     "log_format": "text or json",
     "log_level": "debug, info, warning or error",
+    "log_file": "write the log to this file and rotate it (10 MiB, three old ones) instead of standard error",
     "retention_days": "how long a silent session's points are remembered, so that repeats do not count",
     "series_expiry_hours": "when a session's series leave /metrics after its last point",
     "names": "how OTLP names become Prometheus names: UnderscoreEscapingWithSuffixes,"
     " UnderscoreEscapingWithoutSuffixes, NoUTF8EscapingWithSuffixes or NoTranslation",
     "created_series": "add _created samples to OpenMetrics; Prometheus stores each as a series of its own",
+    "source": "what is counted: auto joins metrics, events and transcripts; otlp and transcripts take one alone",
+    "transcripts": "follow the transcripts of tools",
+    "history_days": "how long single API requests are kept; hourly sums stay for ever",
+    "prices": "your own prices by model, in US dollars per million tokens",
     "labels.promote": "resource attributes that become labels of every series",
     "labels.drop": "attributes that are no labels; the values of series that become one are added up",
     "labels.deny": "attributes that are not even stored",
@@ -117,6 +127,9 @@ def to_toml(config: Config) -> str:
     plain = msgspec.to_builtins(config)
     tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
     lines = [_toml_line(key, value, key) for key, value in plain.items() if key not in tables]
+    for model, prices in tables.pop("prices").items():
+        lines += ["", f"[prices.{msgspec.json.encode(model).decode()}]"]
+        lines += [f"{key} = {price}" for key, price in prices.items()]
     for table, members in tables.items():
         lines += ["", f"[{table}]"]
         lines += [_toml_line(key, value, f"{table}.{key}") for key, value in members.items()]
@@ -135,7 +148,7 @@ def _paths() -> dict[str, tuple[str, ...]]:
         if isinstance(kind, type) and issubclass(kind, Struct):
             for member in get_type_hints(kind):
                 paths[f"{ENVIRONMENT_PREFIX}{key}_{member}".upper()] = (key, member)
-        else:
+        elif key != "prices":  # a table of tables stands in the file alone
             paths[f"{ENVIRONMENT_PREFIX}{key}".upper()] = (key,)
     return paths
 

@@ -1,12 +1,14 @@
 """The daemon: the only place that wires clock, state, tasks and sockets, and stops them in order.
 
-Start: bind the sockets, take the lock, answer 503 while the state is loaded, then serve. Stop (SIGTERM, SIGINT):
-refuse new exports with 503, let the ones in flight be committed, checkpoint, exit, all within two seconds.
+Start: take the lock, take the supervisor's sockets or bind, load the state; who asks before it is loaded waits for
+it a moment, and gets 503 if it takes longer. Stop (SIGTERM, SIGINT): refuse new exports with 503, let the ones in
+flight be committed, checkpoint, exit, all within two seconds.
 """
 
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import signal
 import socket
@@ -17,20 +19,41 @@ from pathlib import Path
 
 from aiohttp import web
 
-from bridge import __version__
+from bridge import __version__, pricing, supervisor
 from bridge.bookkeeper import LedgerSettings
 from bridge.config import Config
+from bridge.join import KINDS
 from bridge.ledger import Ledger
-from bridge.store import StateError, Store, StoreUnavailable, lock, prepare_directory
+from bridge.mark import Mark, MarkUnreadable, read_mark
+from bridge.model import Usage
+from bridge.pricing import Prices, normalise_model
+from bridge.store import (
+    SCHEMA_VERSION,
+    StateError,
+    Store,
+    StoreUnavailable,
+    keep_copy,
+    lock,
+    newest_copy_time,
+    prepare_directory,
+)
 from bridge.telemetry import Telemetry, Throttle, configure_log, log
+from bridge.tools import claude_code
+from bridge.transcripts import Follower
 from bridge.web.metrics import Views
 from bridge.web.receiver import Receiver
 from bridge.web.server import Server
 
 STOP_SECONDS = 1.0
 """How long requests in flight may take once the daemon stops."""
+DOOR_SECONDS = 0.25
+"""How long a connection that was accepted may take to say what it wants."""
 EXPIRE_SECONDS = 60.0
 FORGET_SECONDS = 3_600.0
+SURVEY_SECONDS = 60.0
+MARK_SECONDS = 5.0
+COPY_CHECK_SECONDS = 60.0
+COPY_SECONDS = 3_600.0
 BACKLOG = 512
 
 
@@ -52,13 +75,22 @@ def default_state_dir(platform: str, environment: "os._Environ[str] | dict[str, 
     return root / "claude-otel-bridge"
 
 
+def state_directory(config: Config) -> Path:
+    """The state directory in force."""
+    state = Path(config.state_dir).expanduser() if config.state_dir else None
+    return state or default_state_dir(sys.platform, os.environ, Path.home())
+
+
 def run(config: Config) -> int:
     """Run the bridge until it is told to stop; the exit code."""
-    configure_log(config.log_format, config.log_level)
     os.umask(0o077)
     try:
-        state = Path(config.state_dir).expanduser() if config.state_dir else None
-        directory = state or default_state_dir(sys.platform, os.environ, Path.home())
+        configure_log(config.log_format, config.log_level, config.log_file)
+    except OSError as error:
+        sys.stderr.write(f"claude-otel-bridge: log_file: cannot write {error.filename}: {error.strerror}\n")
+        return os.EX_CANTCREAT
+    try:
+        directory = state_directory(config)
         return _run_loop(lambda loop: _serve(config, directory, loop))
     except (StartError, StateError) as error:
         log.error(str(error))  # the message is made for people, a traceback is not
@@ -84,7 +116,8 @@ async def _serve(config: Config, directory: Path, loop_name: str) -> int:
         log.warning("running as root; a user of its own is safer")
     if note := prepare_directory(directory):
         log.warning(note)
-    held = lock(directory)
+    instance = os.urandom(8).hex()
+    held = lock(directory, instance)
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     outcome = 0
@@ -97,14 +130,21 @@ async def _serve(config: Config, directory: Path, loop_name: str) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    sockets = bind(config.listen)
+    sockets = listening(config.listen)
     throttle = Throttle(time.monotonic)
     telemetry = Telemetry(time.time, throttle)
     telemetry.note_build(loop_name)
-    ledger = Ledger(Store(directory), ledger_settings(config), _clock_ms, fail)
+    ledger = Ledger(
+        Store(directory), ledger_settings(config), _clock_ms, fail,
+        price=_lazy_price(config), normalise=normalise_model, mark=_mark(directory),
+    )  # fmt: skip
+    follower = _follower(config, ledger, telemetry, throttle)
     ledger.observers.append(telemetry.observe)
+    copies = Copies(directory, ledger, _clock_ms)
     receiver = Receiver(ledger, config, telemetry, throttle)
-    views = Views(ledger, config, telemetry, _clock_ms)
+    views = Views(ledger, config, telemetry, _clock_ms, instance)
+    if follower is not None:
+        views.progress = lambda: follower.progress.text
     routes = {path: dict(methods) for path, methods in views.routes.items()}
     for path, methods in receiver.routes.items():
         routes.setdefault(path, {}).update(methods)
@@ -112,22 +152,42 @@ async def _serve(config: Config, directory: Path, loop_name: str) -> int:
     runner = web.ServerRunner(server, shutdown_timeout=STOP_SECONDS)
     await runner.setup()
     try:
+        supervisor.notify("STATUS=loading the state")
         for sock in sockets:
             await web.SockSite(runner, sock, backlog=BACKLOG).start()
         await ledger.start()
-        log.info("ready", extra={"version": __version__, "listen": _addresses(sockets), "state": str(directory)})
+        if ledger.lost:
+            log.warning(f"state went back {ledger.lost} transactions; counters stand still until it has caught up")
+            telemetry.lost.inc(ledger.lost)
+        addresses = _addresses(sockets)
+        log.info("ready", extra={"version": __version__, "listen": addresses, "state": str(directory)})
+        supervisor.notify(f"READY=1\nSTATUS=version {__version__} serves {addresses}")
         async with asyncio.TaskGroup() as tasks:
-            expire = tasks.create_task(_every(EXPIRE_SECONDS, _expire(ledger)))
-            forget = tasks.create_task(_every(FORGET_SECONDS, ledger.forget))
+            chores = [
+                tasks.create_task(_every(EXPIRE_SECONDS, _expire(ledger))),
+                tasks.create_task(_every(FORGET_SECONDS, ledger.forget)),
+                tasks.create_task(_every(MARK_SECONDS, ledger.write_mark)),
+                tasks.create_task(_every(COPY_CHECK_SECONDS, copies.keep)),
+                tasks.create_task(_every(SURVEY_SECONDS, lambda: _survey(ledger, telemetry))),
+                tasks.create_task(_every(FORGET_SECONDS, lambda: ledger.forget_requests(config.history_days))),
+                *([tasks.create_task(_followed(follower, fail))] if follower else []),
+                tasks.create_task(_pulse(supervisor.watchdog_seconds())),
+            ]
             await stop.wait()
-            expire.cancel()
-            forget.cancel()
+            for chore in chores:
+                chore.cancel()
         log.info("stopping")
     finally:
+        supervisor.notify("STOPPING=1\nSTATUS=committing what is in flight")
         receiver.draining = server.draining = True
+        await _close_door(runner, server)
         await runner.cleanup()
         await ledger.stop()
+        with contextlib.suppress(StoreUnavailable):
+            await ledger.write_mark()
         receiver.close()
+        for sock in sockets:
+            sock.close()
         os.close(held)
     log.info("stopped")
     return outcome
@@ -147,6 +207,7 @@ def ledger_settings(config: Config) -> LedgerSettings:
         dropped=frozenset(config.labels.drop),
         hashed=frozenset(config.labels.hash),
         scope_labels=config.labels.scope,
+        source=config.source,
     )
 
 
@@ -161,14 +222,117 @@ def _expire(ledger: Ledger) -> Callable[[], Awaitable[int]]:
     return expire
 
 
-async def _every(seconds: float, work: Callable[[], Awaitable[int]]) -> None:
+def _mark(directory: Path) -> Mark | None:
+    try:
+        return read_mark(directory)
+    except MarkUnreadable as error:
+        log.warning(f"{error}; if the state is an older one, counters may fall once")
+        return None
+
+
+class Copies:
+    """Copies the database beside itself, at most once an hour and when something was committed since."""
+
+    def __init__(self, directory: Path, ledger: Ledger, clock_ms: Callable[[], int]) -> None:
+        self._directory = directory
+        self._ledger = ledger
+        self._clock_ms = clock_ms
+        self._commits = 0
+
+    async def keep(self) -> None:
+        """Make the copy that is due, in a thread; nothing waits for it."""
+        now, commits = self._clock_ms(), self._ledger.commits
+        latest = newest_copy_time(self._directory)
+        if commits == self._commits or 0 <= now - latest < COPY_SECONDS * 1000:
+            return
+        self._commits = commits
+        try:
+            await asyncio.to_thread(keep_copy, self._directory, SCHEMA_VERSION, now)
+        except StateError as error:
+            log.warning(str(error))
+
+
+async def _survey(ledger: Ledger, telemetry: Telemetry) -> None:
+    """Tell the own metrics how the sources agree."""
+    survey = await ledger.survey()
+    joined = sum(row.value for row in ledger.served.values() if row.kind in KINDS)
+    for source, tokens in (("requests", survey.requests), ("metrics", survey.metrics), ("joined", joined)):
+        telemetry.joined.labels(source).set(tokens)
+    telemetry.conflicts.set(survey.conflicts)
+
+
+def _lazy_price(config: Config) -> Callable[[Usage], int | None]:
+    """Prices, read when a request needs one for the first time."""
+
+    @functools.cache
+    def prices() -> Prices:
+        return pricing.load(config.prices)
+
+    def price(usage: Usage) -> int | None:
+        cost = prices().cost(usage)
+        return None if cost is None else cost.total
+
+    return price
+
+
+def _follower(config: Config, ledger: Ledger, telemetry: Telemetry, throttle: Throttle) -> Follower | None:
+    if not config.transcripts or config.source == "otlp":
+        return None
+    roots = claude_code.TRANSCRIPTS.roots(os.environ, str(Path.home()))
+    return Follower(ledger, claude_code.TRANSCRIPTS, roots, telemetry, throttle)
+
+
+async def _followed(follower: Follower, fail: Callable[[BaseException], None]) -> None:
+    try:
+        await follower.run()
+    except Exception as error:  # a fault of ours: whoever supervises has to start afresh
+        fail(error)
+
+
+async def _every(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
     while True:
         await asyncio.sleep(seconds)
         with contextlib.suppress(StoreUnavailable):  # the next export's refusal says so
             await work()
 
 
+async def _close_door(runner: web.ServerRunner, server: Server) -> None:
+    """Accept nobody any more, and hear those who came in just before, so that an orderly restart cuts no request."""
+    for site in list(runner.sites):
+        await site.stop()
+    for _ in range(10):
+        await asyncio.sleep(DOOR_SECONDS / 10)
+        if all(getattr(connection, "answered", True) for connection in server.connections):
+            return
+
+
+async def _pulse(watchdog_seconds: float | None) -> None:
+    """Tell the watchdog, from the event loop, that the event loop turns."""
+    while watchdog_seconds is not None:
+        supervisor.notify("WATCHDOG=1")
+        await asyncio.sleep(watchdog_seconds / 2)
+
+
 # --- sockets ---------------------------------------------------------------------------------------------------
+
+
+def listening(listen: tuple[str, ...]) -> list[socket.socket]:
+    """The sockets that the supervisor passed, else own ones. A passed one that does not listen is StartError 69."""
+    try:
+        passed = supervisor.passed_sockets()
+    except OSError as error:
+        raise StartError(f"the supervisor passed what is no socket: {error.strerror}", os.EX_UNAVAILABLE) from None
+    if not passed:
+        return bind(listen)
+    for sock in passed:
+        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise StartError("the supervisor passed a socket that does not listen for TCP", os.EX_UNAVAILABLE)
+    if {split_address(address)[1] for address in listen} != {sock.getsockname()[1] for sock in passed}:
+        log.warning(
+            "the service's sockets are not those of the `listen` setting; `claude-otel-bridge install` renews them",
+            extra={"listen": " ".join(listen), "sockets": _addresses(passed)},
+        )
+    return passed
 
 
 def bind(listen: tuple[str, ...]) -> list[socket.socket]:

@@ -64,4 +64,7 @@ def test_what_is_shown_reads_back_equal() -> None:
     )
     shown = to_toml(config)
     assert load(shown, {}, {}, "shown") == config
-    assert set(tomllib.loads(shown)) == {"labels", "limits"} | {key for key in DESCRIPTIONS if "." not in key}
+    names = {"labels", "limits"} | {key for key in DESCRIPTIONS if "." not in key}
+    assert set(tomllib.loads(shown)) == names - {"prices"}
+    priced = settings('[prices."my-model"]\ninput = 1.5\noutput = 3')
+    assert load(to_toml(priced), {}, {}, "shown") == priced
