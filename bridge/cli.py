@@ -5,14 +5,18 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bridge import __version__
+
+if TYPE_CHECKING:
+    from bridge.config import Config
 
 _EXAMPLES = """\
 examples:
   claude-otel-bridge                            run on localhost:4318
   claude-otel-bridge --listen 127.0.0.1:14318   run on another port
+  claude-otel-bridge install                    run as a service, now and at every login
   claude-otel-bridge config show                the settings in force, as a config.toml
   curl localhost:4318/v1/metrics                what XRG reads
   curl localhost:4318/metrics                   what Prometheus reads
@@ -44,13 +48,43 @@ def parser() -> argparse.ArgumentParser:
         "--listen", action="append", metavar="HOST:PORT", help="address to listen on, repeatable (localhost:4318)"
     )
     settings.add_argument("--state-dir", metavar="DIR", help="where the counters are kept")
+    settings.add_argument("--no-transcripts", action="store_true", help="do not open the transcripts of tools")
     settings.add_argument("--config", metavar="FILE", help="settings file (config.toml in the platform's place)")
     settings.add_argument("--log-format", choices=("text", "json"), help="log lines as text or JSON (text)")
     settings.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="least level (info)")
+    settings.add_argument("--log-file", metavar="FILE", help="write the log here and rotate it (standard error)")
     commands = root.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     config = commands.add_parser("config", help="show or check the settings")
     config.add_argument("action", choices=("show", "check"), help="print the settings in force, or only check them")
+    backup = commands.add_parser("backup", help="copy the state to a new file, also while the bridge runs")
+    backup.add_argument("file", metavar="FILE", type=Path, help="where to; what exists is not overwritten")
+    _add_client_commands(commands)
+    _add_service(commands)
     return root
+
+
+_SERVICE = {
+    "install": "run the bridge as a service from now on",
+    "uninstall": "stop the service and remove its files",
+    "start": "start the service",
+    "stop": "stop the service and close its sockets",
+    "restart": "restart the service; no connection is refused meanwhile",
+    "status": "whether the service is installed, runs and answers",
+    "logs": "show the log of the service",
+}
+
+
+def _add_service(commands: Any) -> None:
+    for name, text in _SERVICE.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--system", action="store_true", help="the service of the whole machine (Linux)")
+        if name == "install":
+            command.add_argument("--dry-run", action="store_true", help="only print the files")
+        elif name == "uninstall":
+            command.add_argument("--purge", action="store_true", help="remove the state directory as well")
+        elif name == "logs":
+            command.add_argument("-f", "--follow", action="store_true", help="go on showing new lines")
+            command.add_argument("-n", "--lines", type=int, default=100, metavar="N", help="show the last N (100)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -63,13 +97,15 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     options = parser().parse_args(arguments)
     try:
-        file = _config_file(options.config)
+        file = _config_file(options.config, of_system=getattr(options, "system", False))
         text = file.read_text(encoding="utf-8") if file else ""
         flags: dict[str, Any] = {
             key: value
-            for key in ("listen", "state_dir", "log_format", "log_level")
+            for key in ("listen", "state_dir", "log_format", "log_level", "log_file")
             if (value := getattr(options, key)) is not None
         }
+        if options.no_transcripts:
+            flags["transcripts"] = False
         config = settings.load(text, os.environ, flags, str(file))
     except settings.ConfigError as error:
         sys.stderr.write(f"claude-otel-bridge: {error}\n")
@@ -83,17 +119,93 @@ def _main(arguments: Sequence[str] | None) -> int:
         else:
             sys.stdout.write(f"{file or 'no settings file'}: ok\n")
         return os.EX_OK
+    if options.command == "backup":
+        return _back_up(options.file, config)
+    if options.command in ("setup", "doctor", "completion"):
+        return _client_command(options, config)
+    if options.command in _SERVICE:
+        from bridge import service
+
+        return service.main(options, config, flags | ({"config": options.config} if options.config else {}))
     from bridge import daemon
 
     return daemon.run(config)
 
 
-def _config_file(given: str | None) -> Path | None:
+def _back_up(file: Path, config: "Config") -> int:
+    from bridge.daemon import state_directory
+    from bridge.store import StateError, back_up
+
+    try:
+        copy = back_up(state_directory(config), file)
+    except StateError as error:
+        sys.stderr.write(f"claude-otel-bridge: {error}\n")
+        return error.exit_code
+    sys.stdout.write(f"{file}: {copy.size} bytes, schema {copy.version}, as of transaction {copy.commits}\n")
+    return os.EX_OK
+
+
+def _config_file(given: str | None, *, of_system: bool) -> Path | None:
     """The settings file: --config or BRIDGE_CONFIG, which must exist; else the first of the usual places that does."""
     if named := given or os.environ.get("BRIDGE_CONFIG"):
         return Path(named).expanduser()
     xdg = os.environ.get("XDG_CONFIG_HOME", "")
     places = [Path(xdg) if xdg.startswith("/") else Path.home() / ".config"]
-    if sys.platform == "darwin":
+    if of_system:
+        places = [Path("/etc")]
+    elif sys.platform == "darwin":
         places.insert(0, Path.home() / "Library" / "Application Support")
     return next((file for place in places if (file := place / "claude-otel-bridge" / "config.toml").exists()), None)
+
+
+# --- setup, doctor, completion ---------------------------------------------------------------------------------
+
+
+def _add_client_commands(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    setup = commands.add_parser("setup", help="make Claude Code, Codex or Gemini CLI export to this bridge")
+    setup.add_argument("tool", nargs="?", choices=("claude", "codex", "gemini"), default="claude", help="claude")
+    action = setup.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="change the tool's settings; without it, only show how")
+    action.add_argument("--undo", action="store_true", help="take back what --write did")
+    action.add_argument("--shell", choices=("bash", "zsh", "fish"), help="print Claude Code's environment for a shell")
+    doctor = commands.add_parser("doctor", help="say what works and what does not, from the tools to XRG")
+    doctor.add_argument("--json", action="store_true", help="the findings as JSON")
+    completion = commands.add_parser("completion", help="print the completion script of a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
+
+
+def _client_command(options: argparse.Namespace, config: "Config") -> int:
+    if options.command == "completion":
+        return _print_completion(options.shell)
+    if options.command == "doctor":
+        from bridge import doctor
+
+        text, code = doctor.run(config, os.environ, as_json=options.json)
+        sys.stdout.write(text)
+        return code
+    from bridge import setup
+
+    address = setup.endpoint(config.listen)
+    if options.shell and options.tool != "claude":
+        sys.stderr.write("claude-otel-bridge: --shell is for Claude Code; the others read their settings file\n")
+        return os.EX_USAGE
+    if options.shell:
+        sys.stdout.write(setup.exports(address, options.shell))
+        return os.EX_OK
+    action = "write" if options.write else "undo" if options.undo else "show"
+    try:
+        sys.stdout.write(setup.run(options.tool, action, address, os.environ))
+    except setup.SetupError as error:
+        sys.stderr.write(f"claude-otel-bridge: {error}\n")
+        return error.exit_code
+    return os.EX_OK
+
+
+def _print_completion(shell: str) -> int:
+    try:
+        import shtab
+    except ImportError:
+        sys.stderr.write("claude-otel-bridge: completion needs shtab: pip install 'claude-otel-bridge[completion]'\n")
+        return os.EX_UNAVAILABLE
+    sys.stdout.write(shtab.complete(parser(), shell) + "\n")
+    return os.EX_OK

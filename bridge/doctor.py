@@ -1,0 +1,661 @@
+"""`doctor`: what works and what does not, from the tools to XRG, worst first, each with what to do.
+
+Law: it changes nothing, needs no daemon, no home and no PATH, and talks to loopback addresses only. `gather` looks
+at the world, once; every check is a pure function of what it found. The exit code is 1 if anything fails.
+"""
+
+import contextlib
+import errno
+import http.client
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge import __version__, edits, setup, store
+from bridge.config import Config
+from bridge.daemon import default_state_dir, split_address
+from bridge.model import DROP_TEXT, Drop
+from bridge.store import Inspection, StoreUnavailable
+from bridge.tools import claude_code
+from bridge.web.metrics import INSTANCE_HEADER
+
+TIMEOUT_SECONDS = 2.0
+MAX_ANSWER_BYTES = 64 * 2**20
+MAX_TRANSCRIPTS = 20_000
+LITTLE_SPACE, NO_SPACE = 500 * 10**6, 20 * 10**6
+NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        "9p", "afpfs", "afs", "ceph", "cifs", "davfs", "fuse.davfs2", "fuse.glusterfs", "fuse.rclone", "fuse.sshfs",
+        "glusterfs", "lustre", "nfs", "nfs4", "smb2", "smb3", "smbfs", "virtiofs", "webdav",
+    }
+)  # fmt: skip
+MANAGED = (
+    Path("/etc/claude-code/managed-settings.json"),
+    Path("/Library/Application Support/ClaudeCode/managed-settings.json"),
+)
+_STARTED = "process_start_time_seconds"
+_OWN = ("bridge_", _STARTED)
+
+
+class Status(StrEnum):
+    FAIL = "fail"
+    WARN = "warn"
+    OK = "ok"
+
+
+class Finding(NamedTuple):
+    status: Status
+    check: str
+    what: str
+    todo: str = ""
+
+
+class Answer(NamedTuple):
+    """What came of asking one address whether the bridge is there: a problem, or a status and who said so."""
+
+    address: str
+    problem: str = ""
+    status: int = 0
+    server: str = ""
+    instance: str = ""
+
+
+class Directory(NamedTuple):
+    path: Path
+    owner: int | None = None  # None: it does not exist
+    mode: int = 0
+    file_system: str = ""
+    free: int = 0
+
+
+class Layer(NamedTuple):
+    """Variables that Claude Code gets from one place, or why they cannot be read. Later layers win."""
+
+    name: str
+    variables: Mapping[str, str]
+    problem: str = ""
+    is_managed: bool = False
+
+
+class Transcripts(NamedTuple):
+    root: Path
+    files: int = 0
+    newest: float = 0.0
+
+
+Metrics = Mapping[str, list[tuple[Mapping[str, str], float]]]
+"""Samples by name: labels and value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """All that the checks look at."""
+
+    now: float
+    endpoint: str
+    user: int
+    answers: tuple[Answer, ...]
+    holder: str
+    instance: str
+    metrics: Metrics | None
+    profile: str | None
+    directory: Directory
+    inspection: Inspection | str | None
+    layers: tuple[Layer, ...]
+    transcripts: Transcripts
+    xrg_endpoint: str
+
+
+def run(config: Config, environment: Mapping[str, str], *, as_json: bool) -> tuple[str, int]:
+    """The findings as a table or JSON, and the exit code."""
+    findings = examine(gather(config, environment))
+    code = int(any(finding.status is Status.FAIL for finding in findings))
+    return (to_json(findings) if as_json else table(findings)), code
+
+
+def examine(found: Evidence) -> list[Finding]:
+    """All findings, worst first."""
+    findings = [
+        *check_daemon(found.answers, found.instance, found.holder),
+        *check_directory(found.directory, found.user),
+        *check_database(found.inspection),
+        *check_claude(found.layers, found.endpoint),
+        *check_transcripts(found.transcripts, found.metrics, found.now),
+        *check_xrg_endpoint(found.xrg_endpoint, found.endpoint),
+    ]
+    if found.metrics is not None:
+        findings += [
+            *check_version(found.metrics),
+            *check_exports(found.metrics, found.now),
+            *check_refusals(found.metrics),
+            *check_points(found.metrics),
+            *check_clock(found.metrics, found.now),
+        ]
+    if found.profile is not None:
+        findings += check_profile(found.profile)
+    if isinstance(found.inspection, Inspection):
+        findings += check_history(found.inspection)
+    order = list(Status)
+    return sorted(findings, key=lambda finding: order.index(finding.status))
+
+
+def table(findings: Iterable[Finding]) -> str:
+    """One line a finding, and one for what to do."""
+    findings = list(findings)
+    lines = []
+    for status, check, what, todo in findings:
+        lines.append(f"{status:<5} {check:<12} {what}")
+        if todo:
+            lines.append(f"{'':<18} -> {todo}")
+    counts = [sum(finding.status is status for finding in findings) for status in Status]
+    lines.append("{} failed, {} warnings, {} ok".format(*counts))
+    return "\n".join(lines) + "\n"
+
+
+def to_json(findings: Iterable[Finding]) -> str:
+    findings = list(findings)
+    healthy = all(finding.status is not Status.FAIL for finding in findings)
+    report = {"version": __version__, "healthy": healthy, "findings": [finding._asdict() for finding in findings]}
+    return json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+
+def check_daemon(answers: tuple[Answer, ...], instance: str, holder: str) -> Iterator[Finding]:
+    """Is a bridge there on every address, and is it the one whose state we look at?"""
+    silent = [answer for answer in answers if answer.problem]
+    present = [answer for answer in answers if not answer.problem]
+    if not answers:
+        yield Finding(Status.WARN, "daemon", "it listens on no loopback address; not asked", "see `listen`")
+    elif not present:
+        held = f"; process {holder} holds the state" if holder else ""
+        where = ", ".join(f"{answer.address} ({answer.problem})" for answer in silent)
+        todo = "start it: claude-otel-bridge install, or claude-otel-bridge in a terminal"
+        yield Finding(Status.FAIL, "daemon", f"nothing answers on {where}{held}", todo)
+    for answer in present:
+        port = answer.address.rpartition(":")[2]
+        if not answer.instance:
+            what = f"another program answers on {answer.address} ({answer.server or 'without a name'})"
+            todo = f"stop it (lsof -i :{port} names it), or choose another `listen` and run setup again"
+            yield Finding(Status.FAIL, "daemon", what, todo)
+        elif answer.instance != instance:
+            what = f"the bridge on {answer.address} keeps its state elsewhere"
+            yield Finding(Status.FAIL, "daemon", what, "name its settings with --config or --state-dir, or stop it")
+        elif answer.status != 200:
+            what = f"the bridge on {answer.address} answers {answer.status}: it is starting or stopping"
+            yield Finding(Status.WARN, "daemon", what, "look again in a few seconds")
+        else:
+            yield Finding(Status.OK, "daemon", f"the bridge answers on {answer.address}")
+    if present and silent:
+        where = ", ".join(f"{answer.address} ({answer.problem})" for answer in silent)
+        todo = "restart it; clients that take localhost for that address are refused"
+        yield Finding(Status.WARN, "daemon", f"nothing answers on {where}", todo)
+
+
+def check_version(metrics: Metrics) -> Iterator[Finding]:
+    for labels, _ in metrics.get("bridge_build_info", []):
+        if labels.get("version") == __version__:
+            yield Finding(Status.OK, "version", __version__)
+        else:
+            what = f"the daemon is {labels.get('version')}, this command {__version__}"
+            yield Finding(Status.WARN, "version", what, "restart the bridge")
+
+
+def check_directory(directory: Directory, user: int) -> Iterator[Finding]:
+    path, owner, mode, file_system, free = directory
+    if owner is None:
+        yield Finding(Status.OK, "state", f"{path} does not exist yet; the first start makes it")
+        return
+    findings = []
+    if owner != user:
+        status = Status.WARN if user == 0 else Status.FAIL
+        todo = "run doctor as that user, or choose another `state_dir`"
+        findings.append(Finding(status, "state", f"{path} belongs to uid {owner}, not to {user}", todo))
+    if mode & 0o077:
+        what = f"{path} has mode {mode:04o}: others can read it"
+        findings.append(Finding(Status.WARN, "state", what, f"chmod 700 {path}"))
+    if file_system in NETWORK_FILE_SYSTEMS:
+        what = f"{path} is on a network file system ({file_system}), whose locks and syncs SQLite cannot trust"
+        findings.append(Finding(Status.WARN, "state", what, "choose a `state_dir` on a local disk"))
+    if free < LITTLE_SPACE:
+        status = Status.FAIL if free < NO_SPACE else Status.WARN
+        what = f"{free // 10**6} MB are free at {path}"
+        findings.append(Finding(status, "state", what, "make room; exports are refused while the disk is full"))
+    if not findings:
+        named = f" on {file_system}" if file_system else ""
+        findings.append(Finding(Status.OK, "state", f"{path}{named}, {free / 10**9:.1f} GB free"))
+    yield from findings
+
+
+def check_database(inspection: Inspection | str | None) -> Iterator[Finding]:
+    known = store.SCHEMA_VERSION
+    match inspection:
+        case None:
+            yield Finding(Status.OK, "database", "none yet")
+        case str():
+            todo = "check the disk and its permissions; restore a copy if it is damaged"
+            yield Finding(Status.FAIL, "database", f"cannot be read: {inspection}", todo)
+        case Inspection(version=version) if version > known:
+            what = f"has schema {version}, this version knows up to {known}"
+            yield Finding(Status.FAIL, "database", what, "install the newer version again")
+        case Inspection(version=0):
+            todo = "move it away or choose another `state_dir`"
+            yield Finding(Status.FAIL, "database", "is not one of this program", todo)
+        case Inspection(version=version) if version < known:
+            yield Finding(Status.OK, "database", f"has schema {version}; the next start brings it to {known}")
+        case _:
+            yield Finding(Status.OK, "database", f"schema {inspection.version}, {inspection.commits} commits")
+
+
+def check_exports(metrics: Metrics, now: float) -> Iterator[Finding]:
+    """The last export of each tool and signal."""
+    tools: dict[str, dict[str, float]] = defaultdict(dict)
+    for labels, when in metrics.get("bridge_last_export_timestamp_seconds", []):
+        tools[labels["tool"] or "unnamed"][labels["signal"]] = when
+    if not tools:
+        since = f" since the bridge started {_ago(now, when)}" if (when := _sum(metrics, _STARTED)) else " yet"
+        todo = "claude-otel-bridge setup --write, then a new Claude Code session"
+        yield Finding(Status.WARN, "exports", f"nothing was received{since}", todo)
+    for tool, signals in sorted(tools.items()):
+        what = f"{tool}: " + ", ".join(f"{signal} {_ago(now, when)}" for signal, when in sorted(signals.items()))
+        if tool == "claude_code" and "metrics" not in signals:
+            todo = "set OTEL_METRICS_EXPORTER=otlp: claude-otel-bridge setup"
+            yield Finding(Status.WARN, "exports", f"{what}, but no metrics", todo)
+        else:
+            yield Finding(Status.OK, "exports", what)
+
+
+_REFUSALS = {
+    "400": ("not OTLP, or damaged", "the log names the client's mistake"),
+    "403": ("from web pages", "nothing, unless a page of yours should read the bridge"),
+    "405": ("with a wrong method", "POST exports to /v1/metrics, GET /metrics to read"),
+    "408": ("that did not arrive in time", "raise limits.body_seconds if a client is that slow"),
+    "413": ("that were too large", "raise limits.max_body_mib, or make the sender's batches smaller"),
+    "415": ("of a wrong type", "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf in the client"),
+    "421": ("with a foreign Host", "use localhost in the client, or add the name to `hosts`"),
+    "503": ("that came too early or could not be written", "see the log, and the disk"),
+}
+
+
+def check_refusals(metrics: Metrics) -> Iterator[Finding]:
+    """Wrong paths and protocols, and a disk that does not take commits."""
+    if metrics.get("bridge_storage_ok") and not _sum(metrics, "bridge_storage_ok"):
+        todo = "free space or repair the disk; it goes on by itself"
+        yield Finding(Status.FAIL, "storage", "the last commit failed; exports are refused", todo)
+    if count := _sum(metrics, "bridge_grpc_attempts_total"):
+        todo = "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf in the client: claude-otel-bridge setup"
+        yield Finding(Status.WARN, "protocol", f"gRPC clients knocked {_times(count)}; only HTTP is served", todo)
+    if count := _sum(metrics, "bridge_wrong_path_total"):
+        todo = "OTEL_EXPORTER_OTLP_ENDPOINT takes the address alone, a per-signal endpoint the whole path (/v1/metrics)"
+        yield Finding(Status.WARN, "path", f"exports came to a wrong path {_times(count)}", todo)
+    for labels, count in metrics.get("bridge_http_refused_total", []):
+        if count and (known := _REFUSALS.get(labels["code"])):
+            what = f"{count:.0f} requests were refused with {labels['code']}: {known[0]}"
+            yield Finding(Status.WARN, "refused", what, known[1])
+
+
+def check_points(metrics: Metrics) -> Iterator[Finding]:
+    """Duplicates, drops and limits."""
+    for labels, count in metrics.get("bridge_points_dropped_total", []):
+        if count:
+            with contextlib.suppress(ValueError):
+                text = DROP_TEXT[Drop(labels["reason"])]
+                what = f"{count:.0f} points were refused as {labels['reason']}: {text}"
+                yield Finding(Status.WARN, "points", what, "the log and the sender's log name the metrics")
+    for labels, count in metrics.get("bridge_streams_limited_total", []):
+        if count:
+            what = f"{labels['setting']} was met {_times(count)}"
+            yield Finding(Status.WARN, "points", what, "raise the setting, or drop labels with labels.drop")
+    accepted, duplicates = (_sum(metrics, f"bridge_points_{kind}_total") for kind in ("accepted", "duplicate"))
+    yield Finding(Status.OK, "points", f"{accepted:.0f} counted, {duplicates:.0f} came again and did not count twice")
+
+
+def check_clock(metrics: Metrics, now: float) -> Iterator[Finding]:
+    latest = max((when for _, when in metrics.get("bridge_last_export_timestamp_seconds", [])), default=0)
+    if latest > now + 5:
+        what = f"the last export lies {latest - now:.0f} s in the future: the clock was set back"
+        yield Finding(Status.WARN, "clock", what, "nothing is lost; check how this machine gets its time")
+
+
+def check_history(inspection: Inspection) -> Iterator[Finding]:
+    """What the database remembers of senders and scrapers."""
+    if inspection.version != store.SCHEMA_VERSION:
+        return
+    seen = {"delta": inspection.has_deltas, "cumulative": inspection.has_runs}
+    if kinds := [kind for kind, is_seen in seen.items() if is_seen]:
+        yield Finding(Status.OK, "temporality", f"{' and '.join(kinds)} seen; both count exactly")
+    names = ", ".join(" ".join(part for part in key.split("|") if part) for key, _ in inspection.scrapers[:4])
+    what = f"{len(inspection.scrapers)} known: {names}" if names else "none has scraped /metrics so far"
+    yield Finding(Status.OK, "prometheus", what)
+
+
+_LESSER = frozenset(
+    {"OTEL_METRIC_EXPORT_INTERVAL", "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"}
+)  # exports arrive without them, only later or less surely
+
+
+def check_claude(layers: tuple[Layer, ...], endpoint: str) -> Iterator[Finding]:
+    """What of Claude Code's settings and environment keeps its exports from this bridge."""
+    variables: dict[str, str] = {}
+    origin: dict[str, Layer] = {}
+    relevant = {*claude_code.environment(endpoint), *claude_code.OVERRIDES}
+    for layer in layers:
+        if layer.problem:
+            yield Finding(Status.WARN, "claude", f"{layer.name}: {layer.problem}", "repair the file")
+        for name in sorted(relevant & layer.variables.keys()):
+            value = layer.variables[name]
+            if variables.get(name, value) != value:
+                what = f"{name} is {variables[name]} in {origin[name].name}, but {value} in {layer.name}, which wins"
+                yield Finding(Status.WARN, "claude", what, f"make {origin[name].name} say the same, or nothing")
+            variables[name], origin[name] = value, layer
+    wrong = claude_code.misfits(variables, endpoint)
+    if "CLAUDE_CODE_ENABLE_TELEMETRY" in wrong:
+        todo = "claude-otel-bridge setup --write"
+        yield Finding(Status.WARN, "claude", "Claude Code's telemetry is not switched on", todo)
+        return
+    is_default = claude_code.fits("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318", endpoint)
+    problems = 0
+    for name, value in wrong.items():
+        if name in _LESSER or (is_default and name == "OTEL_EXPORTER_OTLP_ENDPOINT" and not value):
+            continue
+        problems += 1
+        is_minor = "LOGS" in name or (name == "OTEL_EXPORTER_OTLP_PROTOCOL" and not value)
+        where = f" in {origin[name].name}" if name in origin else ""
+        what = f"{name}={value}{where}: {_reason(name)}" if value else f"{name} is not set: {_reason(name)}"
+        todo = "claude-otel-bridge setup --write"
+        if name in origin and origin[name].is_managed:
+            todo = "ask who manages this machine's Claude Code"
+        elif name in origin and origin[name].name == SHELL and name in claude_code.OVERRIDES:
+            todo = f"unset {name} where your shell sets it"
+        yield Finding(Status.WARN if is_minor else Status.FAIL, "claude", what, todo)
+    if not problems:
+        yield Finding(Status.OK, "claude", f"Claude Code is set to export to {endpoint}")
+
+
+SHELL = "the shell's environment"
+
+
+def _reason(name: str) -> str:
+    if name.endswith("_EXPORTER"):
+        return "otlp must be in it"
+    if name.endswith("_PROTOCOL"):
+        return "http/protobuf or http/json is needed; gRPC is not served"
+    if name in claude_code.OVERRIDES:
+        return "it is used as it stands and must be this bridge's address with the whole path"
+    return "it does not lead to this bridge"
+
+
+def check_transcripts(transcripts: Transcripts, metrics: Metrics | None, now: float) -> Iterator[Finding]:
+    """Has Claude Code been used without telling us?"""
+    root, count, newest = transcripts
+    if not count:
+        yield Finding(Status.OK, "transcripts", f"none under {root}")
+        return
+    yield Finding(Status.OK, "transcripts", f"{count} under {root}, the newest {_ago(now, newest)}")
+    if metrics is None:
+        return
+    samples = metrics.get("bridge_last_export_timestamp_seconds", [])
+    last = max((when for labels, when in samples if labels["tool"] == "claude_code"), default=0)
+    if newest > max(last, _sum(metrics, _STARTED)) + 300:
+        what = f"Claude Code was used {_ago(now, newest)}, but its last export came " + (
+            _ago(now, last) if last else "before the bridge started, or never"
+        )
+        yield Finding(Status.WARN, "exports", what, "start its sessions anew: they keep the settings they began with")
+
+
+def check_profile(profile: str) -> Iterator[Finding]:
+    tokens, cost, missing = xrg_reading(profile)
+    if missing:
+        what = f"XRG would not find {', '.join(missing)} on /v1/metrics"
+        yield Finding(Status.FAIL, "xrg", what, "restart the bridge; if it stays, report it")
+    else:
+        yield Finding(Status.OK, "xrg", f"XRG would show {tokens} tokens and ${cost:.2f}")
+
+
+def xrg_reading(text: str) -> tuple[int, float, list[str]]:
+    """What XRG makes of a scrape: tokens, cost, and the kinds of tokens that it does not find.
+
+    Its value is a line's second-to-last word. A line with `token_usage` or `tokens` in it counts for the first of
+    the kinds that occurs anywhere in the line; another line with `cost` in it is money.
+    """
+    kinds = dict.fromkeys(("input", "output", "cache_read", "cache_create"), 0)
+    found = set()
+    cost = 0.0
+    for line in text.split("\n"):
+        words = [word for word in line.split(" ") if word]
+        if line.startswith("#") or len(words) < 2:
+            continue
+        if "token_usage" in line or "tokens" in line:
+            if kind := next((kind for kind in kinds if kind in line), None):
+                number = re.match(r"[+-]?\d+", words[-2])  # a C integer: it ends at the first other character
+                kinds[kind] += int(number[0]) if number else 0
+                found.add(kind)
+        elif "cost" in line:
+            with contextlib.suppress(ValueError):
+                cost += float(words[-2])
+    return sum(kinds.values()), cost, [kind for kind in kinds if kind not in found]
+
+
+def check_xrg_endpoint(set_to: str, endpoint: str) -> Iterator[Finding]:
+    wanted = f"{endpoint}/v1/metrics"
+    if set_to and set_to.replace("127.0.0.1", "localhost") != wanted.replace("127.0.0.1", "localhost"):
+        todo = f"defaults write {XRG_DOMAIN} {XRG_KEY} {wanted}"
+        yield Finding(Status.WARN, "xrg", f"XRG is set to read {set_to}", todo)
+
+
+def _sum(metrics: Metrics, name: str) -> float:
+    return sum(value for _, value in metrics.get(name, []))
+
+
+def _times(count: float) -> str:
+    return "once" if count == 1 else f"{count:.0f} times"
+
+
+def _ago(now: float, when: float) -> str:
+    seconds = now - when
+    for size, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size:.0f} {name} ago"
+    return f"{seconds:.0f} s ago" if seconds >= 1 else "just now"
+
+
+# --- looking at the world --------------------------------------------------------------------------------------
+
+XRG_DOMAIN = "com.gauchosoft.XRG"
+XRG_KEY = "aiTokenOTelEndpoint"
+
+
+def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, ...] = MANAGED) -> Evidence:
+    """Everything the checks look at; nothing here raises for what a machine may be like."""
+    home = setup.home(environment)
+    given = Path(config.state_dir).expanduser() if config.state_dir else None
+    directory = given or default_state_dir(sys.platform, dict(environment), home)
+    endpoint = setup.endpoint(config.listen)
+    claude_home = setup.target("claude", environment, endpoint).file.parent
+    holder, instance = store.holder(directory)
+    addresses = list(_loopback(config.listen))
+    answers = tuple(_ask(host, port) for host, port in addresses)
+    metrics = profile = None
+    for (host, port), answer in zip(addresses, answers, strict=True):
+        if answer.instance and answer.instance == instance:
+            metrics = _metrics(host, port)
+            profile = _get(host, port, "/v1/metrics")[1] if metrics is not None else None
+            break
+    return Evidence(
+        now=time.time(),
+        endpoint=endpoint,
+        user=os.geteuid(),
+        answers=answers,
+        holder=holder if _is_alive(holder) else "",
+        instance=instance,
+        metrics=metrics,
+        profile=profile,
+        directory=_directory(directory),
+        inspection=_inspection(directory),
+        layers=(
+            Layer(SHELL, environment),
+            _layer(claude_home / "settings.json"),
+            *(_layer(path, is_managed=True) for path in managed),
+        ),
+        transcripts=_transcripts(claude_home / "projects"),
+        xrg_endpoint=_xrg_endpoint(sys.platform, home),
+    )
+
+
+_NAMES = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}  # noqa: S104  # only asked
+
+
+def _loopback(listen: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    for address in listen:
+        host, port = split_address(address)
+        for name in _NAMES.get(host, (host,)):
+            if name == "::1" or name.startswith("127."):
+                yield name, port
+
+
+def _get(host: str, port: int, path: str) -> tuple[http.client.HTTPResponse, str]:
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_SECONDS)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response, response.read(MAX_ANSWER_BYTES).decode(errors="replace")
+    finally:
+        connection.close()
+
+
+def _ask(host: str, port: int) -> Answer:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        response, _ = _get(host, port, "/-/ready")
+        if response.status == 503:  # only the live ones say who they are
+            healthy, _ = _get(host, port, "/-/healthy")
+            return Answer(address, "", 503, healthy.headers.get("Server", ""), healthy.headers.get(INSTANCE_HEADER, ""))
+    except ConnectionRefusedError:
+        return Answer(address, "refused")
+    except TimeoutError:
+        return Answer(address, f"no answer within {TIMEOUT_SECONDS:g} s")
+    except OSError as error:
+        is_absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+        return Answer(address, "this machine has no such address" if is_absent else str(error.strerror))
+    except http.client.HTTPException:
+        return Answer(address, "", 0, "not an HTTP server")
+    return _introduced(address, response.status, response.headers)
+
+
+def _introduced(address: str, status: int, headers: "http.client.HTTPMessage") -> Answer:
+    return Answer(address, "", status, headers.get("Server", "").strip(), headers.get(INSTANCE_HEADER, ""))
+
+
+def _metrics(host: str, port: int) -> Metrics | None:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    metrics: dict[str, list[tuple[Mapping[str, str], float]]] = defaultdict(list)
+    try:
+        _, text = _get(host, port, "/metrics")
+        text = "".join(line for line in text.splitlines(keepends=True) if line.startswith(_OWN))
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                metrics[sample.name].append((sample.labels, sample.value))
+    except (OSError, http.client.HTTPException, ValueError):
+        return None
+    return metrics
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _directory(path: Path) -> Directory:
+    try:
+        found = path.stat()
+        free = shutil.disk_usage(path).free
+    except OSError:
+        return Directory(path)
+    return Directory(path, found.st_uid, stat.S_IMODE(found.st_mode), _file_system(path), free)
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that holds a path; empty where that cannot be told."""
+    lines: list[tuple[str, str]] = []
+    try:
+        if sys.platform == "darwin":
+            done = subprocess.run(["/sbin/mount"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+            lines = re.findall(r" on (/.*) \((\w+)", done.stdout)
+        else:
+            text = Path("/proc/self/mounts").read_text(errors="replace")
+            lines = [(place.replace("\\040", " "), kind) for _, place, kind, *_ in map(str.split, text.splitlines())]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+    real = path.resolve()
+    above = [(len(place), number, kind) for number, (place, kind) in enumerate(lines) if real.is_relative_to(place)]
+    return max(above, default=(0, 0, ""))[2]
+
+
+def _inspection(directory: Path) -> Inspection | str | None:
+    try:
+        return store.inspect(directory)
+    except StoreUnavailable as error:
+        return str(error)
+
+
+def _layer(path: Path, *, is_managed: bool = False) -> Layer:
+    """The variables under `env` of one of Claude Code's settings files."""
+    try:
+        env = edits.JSON.parse(path.read_text(encoding="utf-8")).get("env", {})
+    except FileNotFoundError:
+        return Layer(str(path), {}, "", is_managed)
+    except (OSError, UnicodeDecodeError) as error:
+        return Layer(str(path), {}, f"cannot be read: {error}", is_managed)
+    except edits.EditError as error:
+        return Layer(str(path), {}, str(error), is_managed)
+    if not isinstance(env, dict):
+        return Layer(str(path), {}, "`env` is not an object", is_managed)
+    variables: dict[str, Any] = env
+    return Layer(str(path), {name: str(value) for name, value in variables.items()}, "", is_managed)
+
+
+def _transcripts(root: Path) -> Transcripts:
+    count, newest = 0, 0.0
+    with contextlib.suppress(OSError):
+        for path in root.rglob("*.jsonl"):
+            with contextlib.suppress(OSError):
+                newest = max(newest, path.stat().st_mtime)
+                count += 1
+            if count >= MAX_TRANSCRIPTS:
+                break
+    return Transcripts(root, count, newest)
+
+
+def _xrg_endpoint(platform: str, home: Path) -> str:
+    """The address that XRG is set to read, on macOS, where it is set."""
+    if platform != "darwin":
+        return ""
+    try:
+        done = subprocess.run(  # noqa: S603  # constants
+            ["/usr/bin/defaults", "read", XRG_DOMAIN, XRG_KEY],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            env={"HOME": str(home)},
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,390 @@
+"""`setup`: makes Claude Code, Codex or Gemini CLI export to this bridge, by a few lines in their own settings.
+
+Law: nothing of the user's is lost. A file is edited as text, so that what is not ours keeps its bytes; before the
+first edit it is copied beside itself, and what was written is noted beside it, so that `--undo` gives the file back
+byte for byte, or, if it was changed meanwhile, takes back our values alone. A file that cannot be read, parsed or
+edited safely is left alone. A write replaces the whole file at once; mode, owner and symbolic link stay.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge import edits
+from bridge.edits import JSON, MISSING, TOML, EditError, Language
+from bridge.tools import claude_code
+
+BACKUP_SUFFIX = ".before-claude-otel-bridge"
+RECORD_SUFFIX = ".claude-otel-bridge-undo"
+TOOLS = ("claude", "codex", "gemini")
+SHELLS = ("bash", "zsh", "fish")
+
+
+class SetupError(Exception):
+    """Nothing was changed; `exit_code` is a sysexits code, the text says why and what to do."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Target(NamedTuple):
+    """A tool's settings file and what should stand in it: path -> value and why, MISSING for what must not."""
+
+    title: str
+    file: Path
+    language: Language
+    wanted: Mapping[edits.Path, tuple[Any, str]]
+    endpoint: str
+
+
+class Change(NamedTuple):
+    path: edits.Path
+    before: Any
+    after: Any
+    why: str
+
+
+def endpoint(listen: tuple[str, ...]) -> str:
+    """Where clients on this machine reach a bridge that listens there."""
+    host, _, port = listen[0].rpartition(":")
+    wildcard = {"0.0.0.0": "127.0.0.1", "[::]": "localhost"}  # noqa: S104  # compared, not listened on
+    return f"http://{wildcard.get(host, host)}:{port}"
+
+
+def home(environment: Mapping[str, str]) -> Path:
+    """The home directory, also where HOME is not set."""
+    given = environment.get("HOME", "")
+    return Path(given) if given.startswith("/") else Path.home()
+
+
+def target(tool: str, environment: Mapping[str, str], address: str) -> Target:
+    """The settings of a tool that should export to the bridge at `address`."""
+    match tool:
+        case "claude":
+            wanted: dict[edits.Path, tuple[Any, str]] = {
+                ("env", variable.name): (variable.value.format(endpoint=address), variable.why)
+                for variable in claude_code.ENVIRONMENT
+            }
+            for name in claude_code.OVERRIDES:
+                wanted["env", name] = (MISSING, "wins over the general one and leads elsewhere")
+            file = _place("CLAUDE_CONFIG_DIR", ".claude", environment) / "settings.json"
+            return Target("Claude Code", file, JSON, wanted, address)
+        case "codex":
+            wanted = {
+                ("otel", key): ({"otlp-http": {"endpoint": f"{address}/v1/{signal}", "protocol": "binary"}}, why)
+                for key, signal, why in (
+                    ("exporter", "logs", "events, with the tokens of each response"),
+                    ("metrics_exporter", "metrics", "tokens of each turn"),
+                )
+            }
+            return Target("Codex", _place("CODEX_HOME", ".codex", environment) / "config.toml", TOML, wanted, address)
+        case _:
+            wanted = {
+                ("telemetry", "enabled"): (True, "nothing is exported without it"),
+                ("telemetry", "target"): ("local", "not Google Cloud"),
+                ("telemetry", "otlpEndpoint"): (address, "this bridge"),
+                ("telemetry", "otlpProtocol"): ("http", "the bridge speaks HTTP, not gRPC"),
+                ("telemetry", "logPrompts"): (False, "the default sends your prompts along"),
+            }
+            return Target("Gemini CLI", home(environment) / ".gemini" / "settings.json", JSON, wanted, address)
+
+
+def _place(variable: str, usual: str, environment: Mapping[str, str]) -> Path:
+    given = environment.get(variable, "")
+    return Path(given).expanduser() if given else home(environment) / usual
+
+
+def exports(address: str, shell: str) -> str:
+    """Claude Code's environment as commands of a shell."""
+    form = "set -gx {} {}\n" if shell == "fish" else "export {}={}\n"
+    return "".join(form.format(name, value) for name, value in claude_code.environment(address).items())
+
+
+# --- deciding: texts in, texts out -----------------------------------------------------------------------------
+
+
+def changes(aim: Target, text: str) -> list[Change]:
+    """What has to change in the file's text. A value that does as well as ours stays. Raises EditError."""
+    parsed = aim.language.parse(text)
+    found = []
+    for path, (value, why) in aim.wanted.items():
+        parent, present = edits.get(parsed, path[:-1]), edits.get(parsed, path)
+        if parent is not MISSING and not isinstance(parent, dict):
+            raise EditError(f"{'.'.join(path[:-1])} is not an object")
+        if present is MISSING and value is MISSING:
+            continue
+        is_claude = path[0] == "env" and isinstance(present, str | int)
+        if present != value and not (is_claude and claude_code.fits(path[-1], str(present), aim.endpoint)):
+            found.append(Change(path, present, value, why))
+    return found
+
+
+def changed(language: Language, text: str, wanted: list[Change]) -> str:
+    """The text with these changes."""
+    for path, _, after, _ in wanted:
+        text = edits.remove(language, text, path) if after is MISSING else edits.put(language, text, path, after)
+    return text
+
+
+def reverted(language: Language, text: str, original: str, wrote: Mapping[edits.Path, Any]) -> tuple[str, list[str]]:
+    """The text with our values taken back, for a file that was changed after us; the names that we leave alone."""
+    before, left = language.parse(original), []
+    for path, value in reversed([*wrote.items()]):
+        if edits.get(language.parse(text), path) != value:
+            left.append(".".join(path))
+        elif (old := edits.get(before, path)) is not MISSING:
+            text = edits.put(language, text, path, old, language.raw(original, path))
+        else:
+            text = edits.remove(language, text, path)
+    for parent in {path[:-1] for path in wrote}:
+        if edits.get(before, parent) is MISSING and edits.get(language.parse(text), parent) == {}:
+            text = edits.remove(language, text, parent)
+    return text, left
+
+
+# --- acting ----------------------------------------------------------------------------------------------------
+
+
+class _Record(NamedTuple):
+    """What a write noted beside the file: the file before (None: there was none), the digest after, our values."""
+
+    original: bytes | None
+    made_directory: bool
+    digest: str
+    wrote: dict[edits.Path, Any]
+
+
+def show(aim: Target) -> list[Change]:
+    """What `write` would change."""
+    with _explained(aim):
+        return changes(aim, _text(_read(aim.file)))
+
+
+def write(aim: Target) -> list[Change]:
+    """Change the file; what was changed, against the file before the first write."""
+    current, record = _read(aim.file), _load(aim.file)
+    with _explained(aim):
+        original = _undone(aim, current, record)[0] if record else current
+        wanted = changes(aim, _text(original))
+        after = changed(aim.language, _text(original), wanted).encode()
+    if not wanted or after == current:
+        return []
+    made_directory = (record.made_directory if record else False) or not aim.file.parent.exists()
+    _require_writable(aim.file)
+    try:
+        aim.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        note = {
+            "made_directory": made_directory,
+            "existed": original is not None,
+            "digest": hashlib.sha256(after).hexdigest(),
+            "wrote": [[change.path, change.after is MISSING, _plain(change.after)] for change in wanted],
+        }
+        if original is not None:
+            _replace(_beside(aim.file, BACKUP_SUFFIX), original, 0o600)
+        _replace(_beside(aim.file, RECORD_SUFFIX), json.dumps(note).encode(), 0o600)
+        if _read(aim.file) != current:
+            raise SetupError(f"{aim.file} was changed by another program just now; try again", os.EX_TEMPFAIL)
+        _replace(aim.file, after, None)
+    except BaseException as error:
+        if record is None:
+            _forget(aim.file)
+        if isinstance(error, OSError):
+            raise _refused(error.filename or aim.file, error.strerror) from None
+        raise
+    return wanted
+
+
+def undo(aim: Target) -> tuple[bool, list[str]]:
+    """Take back what `write` did: whether it had done anything, and the values that were changed since and stay."""
+    current, record = _read(aim.file), _load(aim.file)
+    if record is None:
+        return False, []
+    with _explained(aim):
+        original, left = _undone(aim, current, record)
+    try:
+        if original is None:
+            _require_writable(aim.file)
+            aim.file.unlink(missing_ok=True)
+        elif original != current:
+            _require_writable(aim.file)
+            _replace(aim.file, original, None)
+    except OSError as error:
+        raise _refused(error.filename or aim.file, error.strerror) from None
+    _forget(aim.file)
+    if record.made_directory:
+        with contextlib.suppress(OSError):  # something else stands in it by now
+            aim.file.parent.rmdir()
+    return True, left
+
+
+def _undone(aim: Target, current: bytes | None, record: _Record) -> tuple[bytes | None, list[str]]:
+    """The file without our values: as it was, or as the user has made it since."""
+    if current is None:
+        return None, []
+    if hashlib.sha256(current).hexdigest() == record.digest:
+        return record.original, []
+    text, left = reverted(aim.language, _text(current), _text(record.original), record.wrote)
+    is_gone = record.original is None and not aim.language.parse(text)
+    return (None if is_gone else text.encode()), left
+
+
+def _plain(value: Any) -> Any:
+    return None if value is MISSING else value
+
+
+def _beside(file: Path, suffix: str) -> Path:
+    return file.with_name(file.name + suffix)
+
+
+def _forget(file: Path) -> None:
+    """Remove what was noted beside the file."""
+    for suffix in (BACKUP_SUFFIX, RECORD_SUFFIX):
+        with contextlib.suppress(OSError):
+            _beside(file, suffix).unlink(missing_ok=True)
+
+
+def _load(file: Path) -> _Record | None:
+    note, original = _read(_beside(file, RECORD_SUFFIX)), _read(_beside(file, BACKUP_SUFFIX))
+    if note is None:
+        return None
+    try:
+        entry = json.loads(note)
+        wrote = {tuple(path): MISSING if gone else value for path, gone, value in entry["wrote"]}
+        if entry["existed"] and original is None:
+            raise ValueError
+        return _Record(original if entry["existed"] else None, entry["made_directory"], entry["digest"], wrote)
+    except (ValueError, TypeError, KeyError):
+        raise SetupError(
+            f"{_beside(file, RECORD_SUFFIX)} does not fit {_beside(file, BACKUP_SUFFIX).name} beside it; compare the"
+            f" latter with {file.name} yourself and delete both",
+            os.EX_DATAERR,
+        ) from None
+
+
+def _read(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        if file.is_symlink():
+            raise SetupError(
+                f"{file} is a link to {file.readlink()}, which does not exist; make it or delete the link",
+                os.EX_NOINPUT,
+            ) from None
+        return None
+    except OSError as error:
+        raise _refused(file, error.strerror, "read") from None
+
+
+def _text(content: bytes | None) -> str:
+    try:
+        return (content or b"").decode()
+    except UnicodeDecodeError:
+        raise EditError("it is not UTF-8 text") from None
+
+
+@contextlib.contextmanager
+def _explained(aim: Target) -> Any:
+    """Turn EditError into what to do by hand."""
+    try:
+        yield
+    except EditError as error:
+        raise SetupError(
+            f"{aim.file} was left as it is: {error}.\nPut this in by hand:\n\n{by_hand(aim)}", os.EX_DATAERR
+        ) from None
+
+
+def by_hand(aim: Target) -> str:
+    """What the file should have in it."""
+    text = "" if aim.language is TOML else "{}\n"
+    for path, (value, _) in aim.wanted.items():
+        if value is not MISSING:
+            text = edits.put(aim.language, text, path, value)
+    return text
+
+
+def _require_writable(file: Path) -> None:
+    """Refuse what its owner has made read-only, also for root and where replacing the file would go through."""
+    real = file.resolve()
+    for path in (real, real.parent, file.parent):
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue
+        if not mode & 0o222 or not os.access(path, os.W_OK):
+            what = "directory" if stat.S_ISDIR(mode) else "file"
+            raise SetupError(
+                f"{path} is a {what} that may not be written; nothing was changed. Make it writable"
+                f" (chmod u+w {path}) or change the settings where they are made",
+                os.EX_NOPERM,
+            )
+
+
+def _refused(path: object, reason: str | None, what: str = "write") -> SetupError:
+    return SetupError(f"cannot {what} {path}: {reason}; nothing was changed", os.EX_NOPERM)
+
+
+def _replace(file: Path, content: bytes, mode: int | None) -> None:
+    """Put `content` in the file's place at once; without `mode` it keeps its own, and its owner."""
+    real = file.resolve()
+    descriptor, name = tempfile.mkstemp(prefix=f".{real.name}.", dir=real.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as new:
+            new.write(content)
+            new.flush()
+            os.fsync(new.fileno())
+        if mode is not None:
+            temporary.chmod(mode)
+        elif real.exists():
+            old = real.stat()
+            if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
+                with contextlib.suppress(PermissionError):
+                    os.chown(temporary, old.st_uid, old.st_gid)
+            temporary.chmod(stat.S_IMODE(old.st_mode))
+        temporary.replace(real)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+# --- the command -----------------------------------------------------------------------------------------------
+
+
+def run(tool: str, action: str, address: str, environment: Mapping[str, str]) -> str:
+    """Do what the command asks, `show`, `write` or `undo`; the lines to print."""
+    aim = target(tool, environment, address)
+    if action == "undo":
+        did, left = undo(aim)
+        if not did:
+            return f"{aim.file}: nothing to undo; setup has written nothing there.\n"
+        stays = "".join(f"  {name} was changed since, and stays\n" for name in left)
+        return f"{aim.file}: {aim.title}'s settings are again what they were before setup.\n{stays}"
+    found = write(aim) if action == "write" else show(aim)
+    if not found:
+        return f"{aim.file}: {aim.title} is set to export to {address}; nothing to change.\n"
+    lines = [f"{aim.file} ({aim.title})", *(_line(change) for change in found), ""]
+    if action == "show":
+        lines.append("Nothing has been changed. Write it with --write; take it back later with --undo.")
+    else:
+        backup = _beside(aim.file, BACKUP_SUFFIX)
+        lines += [f"Written. The file as it was: {backup}"] if backup.exists() else ["Written."]
+        lines.append(
+            f"Start {aim.title} anew: sessions that run keep their settings. Then try claude-otel-bridge doctor."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _line(change: Change) -> str:
+    name = ".".join(change.path)
+    if change.before is MISSING:
+        return f"  + {name} = {json.dumps(change.after)}   {change.why}"
+    if change.after is MISSING:
+        return f"  - {name} = {json.dumps(change.before)}   {change.why}"
+    return f"  ~ {name} = {json.dumps(change.after)}   was {json.dumps(change.before)}; {change.why}"

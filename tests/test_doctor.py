@@ -1,0 +1,499 @@
+"""`doctor` says what works and what does not, with or without a bridge, and touches nothing."""
+
+import http.server
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bridge import __version__, doctor
+from bridge.config import Config
+from bridge.doctor import Answer, Directory, Finding, Layer, Status, Transcripts
+from bridge.model import Drop
+from bridge.store import SCHEMA_VERSION, Inspection
+from bridge.tools.claude_code import environment
+from tests.daemon import Daemon, free_port
+from tests.test_daemon import ONE
+from tests.xrg_reader import XRG
+
+MakeDaemon = Callable[..., Daemon]
+ENDPOINT = "http://localhost:4318"
+NOW = 1_800_000_000.0
+FAIL, WARN, OK = Status
+
+
+def run(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, list[dict[str, str]], str]:
+    """The exit code and the findings of `doctor --json` with nothing in the environment but a home."""
+    command = [sys.executable, "-m", "bridge", *arguments, "doctor", "--json"]
+    variables = {"HOME": str(home), "PYTHONWARNINGS": "error", **(env or {})}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60)
+    assert not done.stderr
+    report = json.loads(done.stdout)
+    assert set(report) == {"version", "healthy", "findings"}
+    assert report["version"] == __version__
+    assert report["healthy"] == (done.returncode == 0)
+    for finding in report["findings"]:
+        assert set(finding) == {"status", "check", "what", "todo"}
+        assert all(isinstance(value, str) for value in finding.values())
+        assert finding["status"] == "ok" or finding["todo"]
+    order = [finding["status"] for finding in report["findings"]]
+    assert order == sorted(order, key=["fail", "warn", "ok"].index)
+    return done.returncode, report["findings"], done.stdout
+
+
+def ask(daemon: Daemon, env: Mapping[str, str] | None = None) -> tuple[int, list[dict[str, str]], str]:
+    where = ["--listen", f"localhost:{daemon.port}", "--state-dir", str(daemon.state_dir)]
+    return run(daemon.directory, *where, env=env)
+
+
+def told(findings: list[dict[str, str]], status: str, check: str) -> str:
+    return "\n".join(f["what"] + "\n" + f["todo"] for f in findings if f["status"] == status and f["check"] == check)
+
+
+def recommended(daemon: Daemon) -> dict[str, str]:
+    return environment(f"http://localhost:{daemon.port}")
+
+
+@contextmanager
+def stranger(port: int) -> Iterator[None]:
+    """Another program on the port: a web server that says 200 to everything."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        server_version, sys_version = "Other/1", ""
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+# --- against a bridge ------------------------------------------------------------------------------------------
+
+
+def test_a_bridge_that_works(daemon: Daemon) -> None:
+    daemon.post("/v1/metrics", ONE)
+    daemon.post("/v1/metrics", ONE)
+    daemon.get("/metrics", {"X-Prometheus-Scrape-Timeout-Seconds": "10", "User-Agent": "Prometheus/3"})
+    code, findings, _ = ask(daemon, recommended(daemon))
+    assert code == 0
+    assert {finding["status"] for finding in findings} == {"ok"}, findings
+    assert f"answers on 127.0.0.1:{daemon.port}" in told(findings, "ok", "daemon")
+    assert "claude_code: metrics" in told(findings, "ok", "exports")
+    assert "XRG would show 5 tokens" in told(findings, "ok", "xrg")
+    assert "delta seen" in told(findings, "ok", "temporality")
+    assert "127.0.0.1 Prometheus" in told(findings, "ok", "prometheus")
+    assert "1 counted, 1 came again" in told(findings, "ok", "points")
+    assert f"schema {SCHEMA_VERSION}" in told(findings, "ok", "database")
+
+
+def test_an_empty_home_is_no_failure(daemon: Daemon) -> None:
+    code, findings, _ = ask(daemon)
+    assert code == 0
+    assert "not switched on" in told(findings, "warn", "claude")
+    assert "setup --write" in told(findings, "warn", "claude")
+    assert "nothing was received since the bridge started" in told(findings, "warn", "exports")
+
+
+def test_a_bridge_that_is_down_and_one_that_was_killed(daemon: Daemon) -> None:
+    daemon.post("/v1/metrics", ONE)
+    daemon.stop()
+    before = {path.name: path.read_bytes() for path in daemon.state_dir.iterdir()}
+    code, findings, _ = ask(daemon, recommended(daemon))
+    assert code == 1
+    assert f"nothing answers on 127.0.0.1:{daemon.port} (refused)" in told(findings, "fail", "daemon")
+    assert "commits" in told(findings, "ok", "database")
+    assert {path.name: path.read_bytes() for path in daemon.state_dir.iterdir()} == before
+    daemon.start()
+    daemon.kill()
+    code, findings, _ = ask(daemon, recommended(daemon))
+    assert code == 1
+    assert "commits" in told(findings, "ok", "database")
+
+
+def test_nothing_is_there_and_nothing_is_made(tmp_path: Path) -> None:
+    code, findings, _ = run(tmp_path, "--listen", f"localhost:{free_port()}")
+    assert code == 1
+    assert "does not exist yet" in told(findings, "ok", "state")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_but_the_path_of_python_is_needed() -> None:
+    command = [sys.executable, "-m", "bridge", "--listen", f"localhost:{free_port()}", "doctor"]
+    done = subprocess.run(command, env={}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("fail  daemon")
+    assert not done.stderr
+
+
+def test_a_stranger_on_the_port(daemon: Daemon) -> None:
+    daemon.stop()
+    with stranger(daemon.port):
+        code, findings, _ = ask(daemon, recommended(daemon))
+    assert code == 1
+    assert f"another program answers on 127.0.0.1:{daemon.port} (Other/1)" in told(findings, "fail", "daemon")
+    assert f"lsof -i :{daemon.port}" in told(findings, "fail", "daemon")
+    assert not told(findings, "ok", "exports")
+
+
+def test_something_that_is_no_web_server_on_the_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def speak() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"220 mail\r\n")
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        code, findings, _ = run(tmp_path, "--listen", f"127.0.0.1:{port}")
+        thread.join()
+    assert code == 1
+    assert "not an HTTP server" in told(findings, "fail", "daemon")
+
+
+def test_a_program_that_accepts_and_says_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code, findings, _ = run(tmp_path, "--listen", f"127.0.0.1:{server.getsockname()[1]}")
+    assert code == 1
+    assert "no answer within 2 s" in told(findings, "fail", "daemon")
+
+
+def test_another_bridge_on_the_port(daemon: Daemon, make_daemon: MakeDaemon) -> None:
+    other = make_daemon()
+    where = ["--listen", f"localhost:{daemon.port}", "--state-dir", str(other.state_dir)]
+    code, findings, _ = run(other.directory, *where)
+    assert code == 1
+    assert "keeps its state elsewhere" in told(findings, "fail", "daemon")
+
+
+def test_what_clients_do_wrong_is_named(daemon: Daemon) -> None:
+    with socket.create_connection(("127.0.0.1", daemon.port)) as knock:
+        knock.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        while knock.recv(4096):
+            pass
+    daemon.post("/", ONE)
+    daemon.post("/v1/metrics/v1/metrics", ONE)
+    daemon.get("/favicon.ico")
+    daemon.post("/v1/metrics", b"x", "text/plain")
+    bad = json.loads(json.dumps(ONE))
+    bad["resourceMetrics"][0]["scopeMetrics"][0]["metrics"][0]["sum"]["dataPoints"][0]["asDouble"] = -1
+    daemon.post("/v1/metrics", bad)
+    code, findings, _ = ask(daemon, recommended(daemon))
+    assert code == 0
+    assert "gRPC clients knocked once" in told(findings, "warn", "protocol")
+    assert "http/protobuf" in told(findings, "warn", "protocol")
+    assert "wrong path 2 times" in told(findings, "warn", "path")
+    assert "/v1/metrics" in told(findings, "warn", "path")
+    assert "1 requests were refused with 415" in told(findings, "warn", "refused")
+    assert "1 points were refused as negative" in told(findings, "warn", "points")
+
+
+def test_settings_of_claude_code_that_lead_elsewhere_fail(daemon: Daemon) -> None:
+    file = daemon.directory / ".claude" / "settings.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"env": {**recommended(daemon), "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}}))
+    code, findings, _ = ask(daemon)
+    assert code == 1
+    assert f"OTEL_EXPORTER_OTLP_PROTOCOL=grpc in {file}" in told(findings, "fail", "claude")
+    file.write_text("{")
+    code, findings, _ = ask(daemon)
+    assert f"{file}: it is not valid JSON" in told(findings, "warn", "claude")
+
+
+def test_setup_then_doctor(daemon: Daemon) -> None:
+    command = [sys.executable, "-m", "bridge", "--listen", f"localhost:{daemon.port}", "setup", "--write"]
+    subprocess.run(command, env={"HOME": str(daemon.directory)}, check=True, capture_output=True, timeout=30)
+    _, findings, _ = ask(daemon)
+    assert told(findings, "ok", "claude") == f"Claude Code is set to export to http://localhost:{daemon.port}\n"
+
+
+def test_a_damaged_and_a_newer_database_fail(daemon: Daemon) -> None:
+    daemon.stop()
+    with sqlite3.connect(daemon.state_dir / "state.db") as database:
+        database.execute(f"pragma user_version = {SCHEMA_VERSION + 1}")
+    database.close()
+    _, findings, _ = ask(daemon)
+    assert f"has schema {SCHEMA_VERSION + 1}" in told(findings, "fail", "database")
+    (daemon.state_dir / "state.db").write_bytes(b"no database" * 1000)
+    code, findings, _ = ask(daemon)
+    assert code == 1
+    assert "cannot be read" in told(findings, "fail", "database")
+
+
+def test_the_fingerprint_changes_with_every_start(daemon: Daemon) -> None:
+    first = daemon.get("/-/ready").headers["x-bridge-instance"]
+    assert daemon.get("/-/healthy").headers["x-bridge-instance"] == first
+    assert (daemon.state_dir / "lock").read_text().split("\n")[1] == first
+    assert "x-bridge-instance" not in daemon.get("/metrics").headers
+    daemon.restart()
+    assert daemon.get("/-/ready").headers["x-bridge-instance"] != first
+
+
+def test_looking_is_not_scraping(daemon: Daemon) -> None:
+    ask(daemon)
+    _, findings, _ = ask(daemon)
+    assert "none has scraped" in told(findings, "ok", "prometheus")
+
+
+# --- each check ------------------------------------------------------------------------------------------------
+
+
+def statuses(findings: Iterator[Finding]) -> list[tuple[Status, str]]:
+    return [(finding.status, finding.check) for finding in findings]
+
+
+def test_daemon_and_address_families() -> None:
+    ours = Answer("127.0.0.1:1", status=200, server="claude-otel-bridge", instance="a")
+    absent = Answer("[::1]:1", "refused")
+    assert statuses(doctor.check_daemon((ours,), "a", "7")) == [(OK, "daemon")]
+    assert statuses(doctor.check_daemon((ours, absent), "a", "7")) == [(OK, "daemon"), (WARN, "daemon")]
+    assert statuses(doctor.check_daemon((ours._replace(status=503),), "a", "7")) == [(WARN, "daemon")]
+    assert statuses(doctor.check_daemon((ours,), "b", "7")) == [(FAIL, "daemon")]
+    assert statuses(doctor.check_daemon((), "b", "7")) == [(WARN, "daemon")]
+    (finding,) = doctor.check_daemon((absent,), "a", "7")
+    assert "process 7 holds the state" in finding.what
+
+
+def test_state_directory() -> None:
+    def f(**values: Any) -> list[Status]:
+        usual = Directory(Path("/s"), 5, 0o700, "ext4", 10**10)
+        return [finding.status for finding in doctor.check_directory(usual._replace(**values), 5)]
+
+    assert f() == [OK]
+    assert f(owner=None) == [OK]
+    assert f(owner=6) == [FAIL]
+    assert f(mode=0o755) == [WARN]
+    assert f(file_system="nfs4") == [WARN]
+    assert f(free=10**8) == [WARN]
+    assert f(free=10**6, mode=0o707) == [WARN, FAIL]
+
+
+def claude(*layers: Layer, endpoint: str = ENDPOINT) -> list[tuple[Status, str]]:
+    return [(finding.status, f"{finding.what} > {finding.todo}") for finding in doctor.check_claude(layers, endpoint)]
+
+
+GOOD = environment(ENDPOINT)
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "text"),
+    [
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, OK, "is set to export"),
+        ({"OTEL_METRIC_EXPORT_INTERVAL": "60000"}, OK, "is set to export"),
+        ({"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "delta"}, OK, "is set to export"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": None}, OK, "is set to export"),  # the default is this port
+        ({"OTEL_METRICS_EXPORTER": "prometheus"}, FAIL, "otlp must be in it"),
+        ({"OTEL_METRICS_EXPORTER": "prometheus,otlp"}, OK, "is set to export"),
+        ({"OTEL_METRICS_EXPORTER": None}, FAIL, "OTEL_METRICS_EXPORTER is not set"),
+        ({"OTEL_LOGS_EXPORTER": None}, WARN, "OTEL_LOGS_EXPORTER is not set"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, FAIL, "gRPC is not served"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": None}, WARN, "OTEL_EXPORTER_OTLP_PROTOCOL is not set"),
+        ({"OTEL_EXPORTER_OTLP_METRICS_PROTOCOL": "grpc"}, FAIL, "unset OTEL_EXPORTER_OTLP_METRICS_PROTOCOL"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4317"}, FAIL, "does not lead to this bridge"),
+        ({"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": ENDPOINT}, FAIL, "with the whole path"),
+        ({"OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": ENDPOINT}, WARN, "with the whole path"),
+        ({"CLAUDE_CODE_ENABLE_TELEMETRY": "0"}, WARN, "not switched on"),
+    ],
+)
+def test_claude_code_s_environment(change: dict[str, str | None], status: Status, text: str) -> None:
+    variables = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
+    ((found, line),) = claude(Layer(doctor.SHELL, variables))
+    assert found == status
+    assert text in line
+
+
+def test_claude_code_s_layers() -> None:
+    shell = Layer(doctor.SHELL, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x:1"})
+    settings = Layer("settings.json", GOOD)
+    assert [status for status, _ in claude(shell, settings)] == [WARN, OK]
+    managed = Layer("managed.json", {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://corp:4318"}, is_managed=True)
+    found = claude(settings, managed)
+    assert [status for status, _ in found] == [WARN, FAIL]
+    assert "managed.json, which wins" in found[0][1]
+    assert "ask who manages" in found[1][1]
+    without = {name: value for name, value in GOOD.items() if not name.endswith("_ENDPOINT")}
+    assert [status for status, _ in claude(Layer("s", without), endpoint="http://localhost:9")] == [FAIL]
+
+
+def exports(when: float, started: float = NOW - 9_000, tool: str = "claude_code") -> doctor.Metrics:
+    labels = {"tool": tool, "signal": "metrics"}
+    return {
+        "bridge_last_export_timestamp_seconds": [(labels, when)] if when else [],
+        "process_start_time_seconds": [({}, started)],
+    }
+
+
+def test_claude_code_was_used_without_exports() -> None:
+    def f(newest: float, metrics: doctor.Metrics | None) -> list[tuple[Status, str]]:
+        return statuses(doctor.check_transcripts(Transcripts(Path("/p"), 3, newest), metrics, NOW))
+
+    assert f(NOW - 10, None) == [(OK, "transcripts")]
+    assert f(NOW - 10, exports(NOW - 20)) == [(OK, "transcripts")]
+    assert f(NOW - 10, exports(NOW - 900)) == [(OK, "transcripts"), (WARN, "exports")]
+    assert f(NOW - 10, exports(0)) == [(OK, "transcripts"), (WARN, "exports")]
+    assert f(NOW - 10, exports(0, started=NOW - 60)) == [(OK, "transcripts")]
+    assert f(NOW - 9_999, exports(0)) == [(OK, "transcripts")]
+
+
+def test_transcripts_are_found(tmp_path: Path) -> None:
+    (tmp_path / "-home-me" / "sub").mkdir(parents=True)
+    (tmp_path / "-home-me" / "a.jsonl").touch()
+    (tmp_path / "-home-me" / "sub" / "b.jsonl").touch()
+    (tmp_path / "-home-me" / "c.txt").touch()
+    found = doctor._transcripts(tmp_path)
+    assert found.files == 2
+    assert abs(found.newest - time.time()) < 60
+
+
+def test_a_clock_that_was_set_back() -> None:
+    assert statuses(doctor.check_clock(exports(NOW + 60), NOW)) == [(WARN, "clock")]
+    assert statuses(doctor.check_clock(exports(NOW - 60), NOW)) == []
+
+
+def test_logs_without_metrics() -> None:
+    samples: list[tuple[Mapping[str, str], float]] = [({"tool": "claude_code", "signal": "logs"}, NOW - 3)]
+    (finding,) = doctor.check_exports({"bridge_last_export_timestamp_seconds": samples}, NOW)
+    assert (finding.status, finding.what) == (WARN, "claude_code: logs 3 s ago, but no metrics")
+
+
+def test_a_disk_that_takes_no_commits_fails() -> None:
+    assert statuses(doctor.check_refusals({"bridge_storage_ok": [({}, 0.0)]})) == [(FAIL, "storage")]
+    assert statuses(doctor.check_refusals({"bridge_storage_ok": [({}, 1.0)]})) == []
+
+
+def test_another_version() -> None:
+    assert statuses(doctor.check_version({"bridge_build_info": [({"version": "0.0.0"}, 1.0)]})) == [(WARN, "version")]
+
+
+def test_every_reason_of_a_drop_has_words() -> None:
+    for reason in Drop:
+        found = [*doctor.check_points({"bridge_points_dropped_total": [({"reason": reason.value}, 2.0)]})]
+        assert found[0].status is WARN
+        assert reason.value in found[0].what
+
+
+def test_xrg_is_read_as_xrg_reads(daemon: Daemon) -> None:
+    daemon.post("/v1/metrics", ONE)
+    texts = [
+        daemon.get("/v1/metrics").text,
+        daemon.get("/metrics").text,
+        "",
+        'claude_code_token_usage{type="input"} 1.2e+06 5\nx_cost 1.5 5\n\n tokens output 7\n',
+    ]
+    for text in texts:
+        tokens, cost, _ = doctor.xrg_reading(text)
+        model = XRG().poll(text)
+        assert (tokens, cost) == (model.tokens, model.cost)
+    assert doctor.xrg_reading(texts[0])[2] == []
+    assert doctor.xrg_reading("")[2] == ["input", "output", "cache_read", "cache_create"]
+    assert statuses(doctor.check_profile("")) == [(FAIL, "xrg")]
+
+
+def test_where_xrg_looks() -> None:
+    def f(set_to: str) -> list[Finding]:
+        return [*doctor.check_xrg_endpoint(set_to, ENDPOINT)]
+
+    assert f("") == []
+    assert f("http://localhost:4318/v1/metrics") == f("http://127.0.0.1:4318/v1/metrics") == []
+    (finding,) = f("http://localhost:8889/metrics")
+    assert finding.todo == f"defaults write com.gauchosoft.XRG aiTokenOTelEndpoint {ENDPOINT}/v1/metrics"
+    assert doctor._xrg_endpoint("linux", Path("/")) == ""
+
+
+def test_the_file_system_is_named() -> None:
+    assert sys.platform == "darwin" or doctor._file_system(Path("/proc/self")) == "proc"
+
+
+def test_managed_settings_are_read(tmp_path: Path) -> None:
+    managed = tmp_path / "managed-settings.json"
+    managed.write_text(json.dumps({"env": {"OTEL_METRICS_EXPORTER": "none", "OTEL_METRIC_EXPORT_INTERVAL": 5}}))
+    config = Config(listen=(f"127.0.0.1:{free_port()}",), state_dir=str(tmp_path / "state"))
+    found = doctor.gather(config, {"HOME": str(tmp_path)}, (managed,))
+    assert found.layers[-1] == Layer(
+        str(managed), {"OTEL_METRICS_EXPORTER": "none", "OTEL_METRIC_EXPORT_INTERVAL": "5"}, is_managed=True
+    )
+
+
+TABLE = """\
+fail  daemon       nothing answers on 127.0.0.1:4318 (refused), [::1]:4318 (refused)
+                   -> start it: claude-otel-bridge install, or claude-otel-bridge in a terminal
+warn  state        /s has mode 0755: others can read it
+                   -> chmod 700 /s
+warn  claude       Claude Code's telemetry is not switched on
+                   -> claude-otel-bridge setup --write
+ok    database     schema {schema}, 12 commits
+ok    transcripts  4 under /p, the newest 2 h ago
+ok    temporality  delta and cumulative seen; both count exactly
+ok    prometheus   1 known: 127.0.0.1 Prometheus
+1 failed, 2 warnings, 4 ok
+"""
+
+
+def test_the_table() -> None:
+    evidence = doctor.Evidence(
+        now=NOW,
+        endpoint=ENDPOINT,
+        user=5,
+        answers=(Answer("127.0.0.1:4318", "refused"), Answer("[::1]:4318", "refused")),
+        holder="",
+        instance="",
+        metrics=None,
+        profile=None,
+        directory=Directory(Path("/s"), 5, 0o755, "ext4", 10**10),
+        inspection=Inspection(SCHEMA_VERSION, 12, True, True, (("127.0.0.1|Prometheus|", 0),)),
+        layers=(Layer(doctor.SHELL, {}),),
+        transcripts=Transcripts(Path("/p"), 4, NOW - 8_000),
+        xrg_endpoint="",
+    )
+    assert doctor.table(doctor.examine(evidence)) == TABLE.format(schema=SCHEMA_VERSION)
+
+
+def test_completion_scripts(tmp_path: Path) -> None:
+    pytest.importorskip("shtab")
+    for shell in ("bash", "zsh", "fish", "tcsh"):
+        command = [sys.executable, "-m", "bridge", "completion", shell]
+        done = subprocess.run(command, env={"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        assert "doctor" in done.stdout
+    script = tmp_path / "completion.bash"
+    script.write_text(
+        subprocess.run([sys.executable, "-m", "bridge", "completion", "bash"], capture_output=True, text=True).stdout
+    )
+    subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
+
+
+def test_completion_without_shtab_says_what_to_install() -> None:
+    code = "import sys; sys.modules['shtab'] = None; from bridge.cli import main; main(['completion', 'bash'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == os.EX_UNAVAILABLE
+    assert "claude-otel-bridge[completion]" in done.stderr
+
+
+def test_the_daemon_does_not_pay_for_it() -> None:
+    code = "import sys, bridge.cli, bridge.daemon; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert not {"bridge.doctor", "bridge.setup", "bridge.edits", "shtab"} & set(done.stdout.split())
