@@ -1,5 +1,6 @@
 """The README says what the code does: commands run, settings, metrics and reasons are all there."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,11 +9,24 @@ from typing import get_type_hints
 
 from bridge import config, model, otlp
 from bridge.telemetry import Telemetry, Throttle
-from bridge.tools.claude_code import XRG_PROFILE
+from bridge.tools.claude_code import XRG_PROFILE, environment
 from tests.daemon import Daemon
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+
+
+SERVICE_COMMANDS = (
+    r"(sudo )?pipx install (--global )?\.",
+    r"claude-otel-bridge (install|uninstall( --purge)?|start|stop|restart|status|logs -f)",
+    r"sudo claude-otel-bridge install --system",
+    r"mkdir -p ~/\S+( ~/\S+)?",
+    r"cp systemd/user/claude-otel-bridge\.socket systemd/user/claude-otel-bridge\.service ~/\.config/systemd/user/",
+    r"systemctl --user (daemon-reload|enable --now claude-otel-bridge\.socket claude-otel-bridge\.service)",
+    r'sed "s\|/Users/YOU\|\$HOME\|" launchd/claude-otel-bridge\.plist > ~/Library/LaunchAgents/\S+',
+    r"launchctl bootstrap gui/\$UID ~/Library/LaunchAgents/claude-otel-bridge\.plist",
+)
+"""Their verbs are tested in test_service and test_launchd, their files in test_systemd and test_launchd."""
 
 
 def blocks(language: str) -> list[str]:
@@ -34,6 +48,11 @@ def test_every_shell_command_is_one_that_a_test_runs() -> None:
         r"export \w+=\S+",
         r"curl localhost:4318/v1/metrics",
         r"\.venv/bin/claude-otel-bridge (config show|config check|--help)",
+        r"\.venv/bin/claude-otel-bridge setup( codex| gemini)?( --write| --undo| --shell fish)?",
+        r"\.venv/bin/claude-otel-bridge doctor( --json)?",
+        r"\.venv/bin/claude-otel-bridge backup claude-otel-bridge\.db",
+        *SERVICE_COMMANDS,
+        r"(cp claude-otel-bridge\.db|rm -f) ~/\.local/state/claude-otel-bridge/state\.db.*",
     )
     for block in blocks("sh"):
         for command in block.strip().splitlines():
@@ -44,16 +63,23 @@ def test_every_shell_command_is_one_that_a_test_runs() -> None:
         assert part in README
 
 
-def test_the_command_examples_run() -> None:
-    for line in re.findall(r"^\.venv/bin/claude-otel-bridge (.+)$", README, re.MULTILINE):
+def test_the_command_examples_run(daemon: Daemon) -> None:
+    """In a home of their own, beside a bridge that runs."""
+    env = {"HOME": str(daemon.directory), "BRIDGE_LISTEN": f"localhost:{daemon.port}"}
+    env["BRIDGE_STATE_DIR"] = str(daemon.state_dir)
+    for line in re.findall(r"^\.venv/bin/claude-otel-bridge ((?!backup ).+)$", README, re.MULTILINE):
         command = [sys.executable, "-m", "bridge", *line.split()]
-        assert subprocess.run(command, capture_output=True, timeout=30).returncode == 0, line
+        done = subprocess.run(
+            command, cwd=daemon.directory, env={**os.environ, **env, "PYTHONPATH": str(ROOT)}, timeout=30,
+            capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, (line, done.stderr)
 
 
 def test_the_environment_for_claude_code_is_the_landing_page_s(daemon: Daemon) -> None:
     page = daemon.get("/", {"Host": "localhost:4318"}).text
     exports = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("export ")]
-    assert len(exports) == 6
+    assert exports == [f"export {name}={value}" for name, value in environment("http://localhost:4318").items()]
     for line in exports:
         assert line in page
 
