@@ -107,7 +107,8 @@ def test_scaled_integers_read_back_equal(value: int, scale: int) -> None:
 )
 def test_bounds_are_written_without_exponent(bound: float, text: str, openmetrics: str) -> None:
     for wanted, is_openmetrics in ((text, False), (openmetrics, True)):
-        lines = sample_lines(style("h", "histogram", openmetrics=is_openmetrics), "", Histogram((bound,), (1, 0), 1, None), None, 0)
+        written_as = style("h", "histogram", openmetrics=is_openmetrics)
+        lines = sample_lines(written_as, "", Histogram((bound,), (1, 0), 1, None), None, 0)
         assert lines.splitlines()[0] == f'h_bucket{{le="{wanted}"}} 1'
 
 
