@@ -11,7 +11,7 @@ import base64
 import gzip
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from fractions import Fraction
@@ -186,28 +186,27 @@ def api_requests(requests: Iterable[Request]) -> dict[tuple[str, ...], dict[str,
 def joined_totals(requests: Iterable[Request]) -> Totals:
     """The truth with events beside metrics: for each session, model and type the larger of both sums."""
     requests = list(requests)
-    metrics: dict[tuple[str, str], Counter[str]] = {}
-    for key, value in _sums(requests, "session.id", "model", "type").items():
-        name, session, model, kind = key
+    metrics: dict[tuple[str, str], dict[str, Fraction]] = defaultdict(lambda: defaultdict(Fraction))
+    for (name, session, model, kind), value in _sums(requests, "session.id", "model", "type").items():
         if name in ("claude_code.token.usage", "claude_code.cost.usage"):
-            metrics.setdefault((session, model), Counter())[kind or "cost"] = value  # type: ignore[assignment]
-    events: dict[tuple[str, str], Counter[str]] = {}
+            metrics[session, model][kind or "cost"] = value
+    events: dict[tuple[str, str], dict[str, Fraction]] = defaultdict(lambda: defaultdict(Fraction))
     for event in api_requests(requests).values():
-        told = events.setdefault((event["session.id"], event["model"]), Counter())
-        told["cost"] += Fraction(event["cost_usd"])  # type: ignore[assignment]  # a Counter of fractions
-        for kind, key in KINDS.items():
-            told[kind] += int(event[key])
+        told = events[event["session.id"], event["model"]]
+        told["cost"] += Fraction(event["cost_usd"])
+        for kind, attribute in KINDS.items():
+            told[kind] += int(event[attribute])
     totals = dict(true_totals(requests))
     for cell in events:
-        metric, told = metrics.get(cell, Counter()), events[cell]
-        beyond = {kind: max(0, told[kind] - metric[kind]) for kind in KINDS}
+        metric, told = metrics[cell], events[cell]
+        beyond = {kind: max(Fraction(), told[kind] - metric[kind]) for kind in KINDS}
         for kind, count in beyond.items():
             if count:
                 key = ("claude_code.token.usage", kind, cell[1])
                 totals[key] = totals.get(key, Decimal()) + Decimal(int(count))
         if any(beyond.values()) and all(told[kind] >= metric[kind] for kind in KINDS):
             key = ("claude_code.cost.usage", "", cell[1])
-            extra = rounded(Fraction(max(Fraction(), told["cost"] - Fraction(metric["cost"]))), 9)
+            extra = rounded(max(Fraction(), told["cost"] - metric["cost"]), 9)
             totals[key] = totals.get(key, Decimal()) + extra
     return totals
 
