@@ -121,7 +121,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return os.EX_OK
     if options.command == "backup":
         return _back_up(options.file, config)
-    if options.command in ("setup", "doctor", "completion"):
+    if options.command in ("setup", "doctor", "completion", "man"):
         return _client_command(options, config)
     if options.command in _SERVICE:
         from bridge import service
@@ -172,11 +172,14 @@ def _add_client_commands(commands: "argparse._SubParsersAction[_Parser]") -> Non
     doctor.add_argument("--json", action="store_true", help="the findings as JSON")
     completion = commands.add_parser("completion", help="print the completion script of a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh"))
+    commands.add_parser("man", help="print the manual page")
 
 
 def _client_command(options: argparse.Namespace, config: "Config") -> int:
     if options.command == "completion":
         return _print_completion(options.shell)
+    if options.command == "man":
+        return _print_manual()
     if options.command == "doctor":
         from bridge import doctor
 
@@ -208,4 +211,18 @@ def _print_completion(shell: str) -> int:
         sys.stderr.write("claude-otel-bridge: completion needs shtab: pip install 'claude-otel-bridge[completion]'\n")
         return os.EX_UNAVAILABLE
     sys.stdout.write(shtab.complete(parser(), shell) + "\n")
+    return os.EX_OK
+
+
+def _print_manual() -> int:
+    try:
+        from argparse_manpage.manpage import Manpage
+    except ImportError:
+        sys.stderr.write(
+            "claude-otel-bridge: man needs argparse-manpage: pip install 'claude-otel-bridge[completion]'\n"
+        )
+        return os.EX_UNAVAILABLE
+    whole = parser()
+    data = {"version": __version__, "manual_title": "claude-otel-bridge", "manual_section": "1"}
+    sys.stdout.write(f"{Manpage(whole, data)}\n")
     return os.EX_OK

@@ -497,3 +497,17 @@ def test_the_daemon_does_not_pay_for_it() -> None:
     code = "import sys, bridge.cli, bridge.daemon; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert not {"bridge.doctor", "bridge.setup", "bridge.edits", "shtab"} & set(done.stdout.split())
+
+
+def test_the_manual_page_has_every_command() -> None:
+    page = subprocess.run([sys.executable, "-m", "bridge", "man"], capture_output=True, text=True).stdout
+    assert page.startswith(".TH CLAUDE")
+    for word in ("setup", "doctor", "install", "backup", "config", "curl localhost:4318/v1/metrics"):
+        assert word in page
+
+
+def test_the_manual_without_its_library_says_what_to_install() -> None:
+    code = "import sys; sys.modules['argparse_manpage'] = None; from bridge.cli import main; main(['man'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == os.EX_UNAVAILABLE
+    assert "claude-otel-bridge[completion]" in done.stderr
