@@ -174,14 +174,13 @@ class Follower:
 
     async def _follow_changes(self) -> None:
         changed, self._changed = self._changed, set()
-        for path in sorted(changed):
-            if path.endswith(".jsonl"):
-                await self._follow(path)
-            else:  # a directory may have had files before it was watched
-                found = await self._in_reader(partial(_files, path))
-                self._changed |= {path for path, size in found if self._is_news(path, size)}
-        if self._changed:
-            self._wake.set()
+        paths = {path for path in changed if path.endswith(".jsonl")}
+        for directory in changed - paths:  # it may have had files before it was watched
+            found = await self._in_reader(partial(_files, directory))
+            paths |= {path for path, size in found if self._is_news(path, size)}
+        # The oldest first: a fork that is read before what it copies would be served, and then be a copy.
+        for path in await self._in_reader(lambda: sorted(paths, key=self._begun)):
+            await self._follow(path)
 
     async def _follow(self, path: str) -> None:
         more = True
@@ -239,6 +238,14 @@ class Follower:
         return await asyncio.get_running_loop().run_in_executor(self._reader, work)
 
     # --- in the reader's thread ---
+
+    def _begun(self, path: str) -> tuple[int, str]:
+        row = self._files.get(path)
+        if row is not None:
+            return row.origin, path
+        with contextlib.suppress(OSError), _opened(path) as descriptor:
+            return _origin(os.pread(descriptor, 64 * 1024, 0), os.fstat(descriptor).st_mtime_ns), path
+        return 0, path
 
     def _read_live(self, path: str, row: TranscriptRow | None) -> Chunk | None:
         """What was appended to a file; None if nothing was. A file that was replaced or cut is read from its start."""
@@ -428,14 +435,13 @@ class Watcher:
 
         def pump() -> None:
             try:
-                tell({path for _, path in next(changes)} | paths)
+                unseen = paths
                 for change in changes:
                     told = {path for _, path in change}
                     self.is_stale |= not told.isdisjoint(paths)
-                    if told:
-                        tell(told)
-            except StopIteration:
-                pass  # stopped before anything happened
+                    if told or unseen:
+                        tell(told | unseen)
+                    unseen = set()
             except (OSError, RuntimeError) as error:
                 self.has_events = False
                 log.warning("no file system events; transcripts are looked at every two seconds", extra={"why": error})
