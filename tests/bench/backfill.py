@@ -1,0 +1,249 @@
+"""The first look at a large tree of transcripts: the bridge and ccusage on the same files, in alternating order.
+
+    python -m tests.bench.backfill [--files 2000] [--megabytes 1000] [--runs 3] [--ccusage PATH] [--tree DIRECTORY]
+
+The tree and the states lie in a temporary directory unless DIRECTORY is given, where the tree is kept for next time.
+The bridge's time runs from the start of the process until its log says that history is read; CPU and memory are those
+of the process until then. What it stored is compared with what the tree's generator decided; a difference is an error.
+`--profile` says instead where the time of reading and of storing goes, each alone and in this process.
+"""
+
+import argparse
+import cProfile
+import json
+import os
+import pstats
+import resource
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bridge import pricing, transcripts
+from bridge.model import Source, Usage
+from bridge.pricing import Prices, normalise_model
+from bridge.store import Store
+from bridge.tools.claude_code import TRANSCRIPTS
+from bridge.usage import UsageBooks
+from tests.daemon import Daemon
+from tests.transcript_tree import START_MS, Request, write_tree
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Run(NamedTuple):
+    """Seconds, CPU seconds, and the peak of resident memory in MB."""
+
+    wall: float
+    cpu: float
+    memory: float
+
+
+class Sums(NamedTuple):
+    """What a tree holds: the tokens by model and type, and the cost in nano-dollars."""
+
+    tokens: dict[str, dict[str, int]]
+    cost: int
+
+
+def price(prices: Prices, request: Request) -> int:
+    usage = Usage(
+        "claude_code", Source.TRANSCRIPT, b"", "", request.model, START_MS, request.input, request.output,
+        request.read, request.write_5m, request.write_1h, web_searches=request.searches, speed=request.speed,
+        geo=request.geo,
+    )  # fmt: skip
+    cost = prices.cost(usage)
+    return 0 if cost is None else cost.total
+
+
+def make_tree(directory: Path, files: int, size: int) -> Sums:
+    """The tree, made unless it is there, and its truth, kept beside it."""
+    truth = directory / "truth.json"
+    if not truth.exists():
+        made = write_tree(directory, files=files, size=size)
+        prices = pricing.load({})
+        tokens: dict[str, Counter[str]] = {}
+        for model, counts in made.tokens().items():
+            kept = {name: counts[name] for name in ("input", "output", "read", "write_5m", "write_1h", "requests")}
+            tokens.setdefault(normalise_model(model), Counter()).update(kept)
+        truth.write_text(json.dumps([tokens, made.cost(lambda request: price(prices, request))]))
+    found, cost = json.loads(truth.read_text())
+    return Sums(found, cost)
+
+
+def stored(database: Path) -> Sums:
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
+    sql = (
+        "select name, sum(input), sum(output), sum(cache_read), sum(cache_write_5m), sum(cache_write_1h),"
+        " sum(requests), sum(cost) from rollup join model on model.id = rollup.model group by name"
+    )
+    rows = connection.execute(sql).fetchall()
+    connection.close()
+    names = ("input", "output", "read", "write_5m", "write_1h", "requests")
+    return Sums({row[0]: dict(zip(names, row[1:7], strict=True)) for row in rows}, sum(row[7] for row in rows))
+
+
+def run_bridge(tree: Path, truth: Sums) -> Run:
+    with tempfile.TemporaryDirectory() as directory:
+        daemon = Daemon(Path(directory), env={"CLAUDE_CONFIG_DIR": str(tree), "PYTHONWARNINGS": ""})
+        began = time.perf_counter()
+        daemon.spawn()
+        assert daemon.process is not None
+        while "history is read" not in daemon.log:
+            if daemon.process.poll() is not None:
+                raise SystemExit(daemon.log)
+            time.sleep(0.005)
+        wall = time.perf_counter() - began
+        status = Path(f"/proc/{daemon.process.pid}")
+        fields = (status / "stat").read_text().rpartition(")")[2].split()
+        cpu = (int(fields[11]) + int(fields[12])) / TICKS
+        (peak,) = (line for line in (status / "status").read_text().splitlines() if line.startswith("VmHWM"))
+        daemon.stop()
+        found = stored(daemon.state_dir / "state.db")
+        if found != truth:
+            raise SystemExit(f"stored {found}\n truth {truth}")
+        return Run(wall, cpu, int(peak.split()[1]) / 1000)
+
+
+def run_ccusage(command: str, tree: Path) -> tuple[Run, dict[str, Any]]:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [command, "daily", "--json", "--offline"],
+            stdout=output,
+            env={**os.environ, "CLAUDE_CONFIG_DIR": str(tree), "HOME": str(tree)},
+        )
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, *(_memory(pid) for pid in (process.pid, *_children(process.pid))))
+            time.sleep(0.01)
+        wall = time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        output.seek(0)
+        totals: dict[str, Any] = json.load(output)["totals"]
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(wall, cpu, peak / 1000), totals
+
+
+def _children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
+    return [int(word) for word in found.split()]
+
+
+def _memory(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+
+
+def best(runs: list[Run]) -> Run:
+    return Run(min(run.wall for run in runs), min(run.cpu for run in runs), max(run.memory for run in runs))
+
+
+def profile(tree: Path) -> None:
+    """Where the time goes: reading all files, then storing what they said."""
+    follower = transcripts.Follower.__new__(transcripts.Follower)
+    follower._tool = TRANSCRIPTS
+    rows = [row for path, _ in transcripts._files(str(tree / "projects")) if (row := transcripts._first_row(path))]
+    chunks: list[transcripts.Chunk] = []
+
+    def read() -> None:
+        for first in rows:
+            row = first
+            while row.history < row.history_end and (chunk := follower._read_old(row)):
+                row = chunk.row
+                chunks.append(chunk)
+
+    prices = pricing.load({})
+
+    def cost(usage: Usage) -> int | None:
+        found = prices.cost(usage)
+        return None if found is None else found.total
+
+    with tempfile.TemporaryDirectory() as directory:
+        store = Store(Path(directory))
+        store.open(START_MS)
+        books = UsageBooks(store, cost, normalise_model)
+        books.load()
+
+        def write() -> None:
+            for chunk in chunks:
+                with store.transaction():
+                    books.write_transcript(chunk.row)
+                    books.load_history(chunk.usages, START_MS)
+
+        def finish() -> None:
+            with store.transaction():
+                books.finish_history()
+
+        for name, work in (("read", read), ("write", write), ("finish", finish)):
+            profiler = cProfile.Profile()
+            began = time.process_time()
+            profiler.runcall(work)
+            sys.stdout.write(f"\n== {name}: {time.process_time() - began:.2f} CPU-s under the profiler\n")
+            pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(18)
+        store.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ccusage", default=shutil.which("ccusage"), help="its program; npm install ccusage@20.0.24")
+    parser.add_argument("--tree", type=Path, help="keep the tree here")
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        tree = options.tree or Path(directory)
+        tree.mkdir(parents=True, exist_ok=True)
+        truth = make_tree(tree, options.files, int(options.megabytes * 1e6))
+        if options.profile:
+            profile(tree)
+            return
+        compare(tree, truth, options.ccusage, options.runs)
+
+
+def compare(tree: Path, truth: Sums, ccusage: str | None, runs: int) -> None:
+    paths = list((tree / "projects").rglob("*.jsonl"))
+    size = sum(path.stat().st_size for path in paths) / 1e9
+    bridge: list[Run] = []
+    other: list[Run] = []
+    totals: dict[str, Any] = {}
+    for number in range(runs):
+        for program in ("bridge", "ccusage") if number % 2 == 0 else ("ccusage", "bridge"):
+            if program == "bridge":
+                bridge.append(run_bridge(tree, truth))
+            elif ccusage:
+                run, totals = run_ccusage(ccusage, tree)
+                other.append(run)
+    requests = sum(counts["requests"] for counts in truth.tokens.values())
+    lines = [
+        f"{len(paths)} files, {size:.3f} GB, {requests} requests, {truth.cost / 1e9:.2f} USD; best of {runs} runs",
+        "",
+        "| | wall s | CPU s | CPU s/GB | peak MB | USD |",
+        "|---|---|---|---|---|---|",
+    ]
+    shown = [("bridge", best(bridge), f"{truth.cost / 1e9:.2f}")]
+    if other:
+        shown.append(("ccusage", best(other), f"{totals['totalCost']:.2f}"))
+    for name, run, dollars in shown:
+        row = f"| {name} | {run.wall:.2f} | {run.cpu:.2f} | {run.cpu / size:.2f} | {run.memory:.0f} | {dollars} |"
+        lines.append(row)
+    if other:
+        ratios = " | ".join(f"{ours / theirs:.2f}" for ours, theirs in zip(shown[0][1], shown[1][1], strict=True))
+        wall, cpu, memory = ratios.split(" | ")
+        lines.append(f"| bridge / ccusage | {wall} | {cpu} | {cpu} | {memory} | |")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""The join: what it adds up to does not depend on the order in which sources tell, and is never less than one of them.
+
+The stories are of plain requests; each source's view of them is made here, and so is what they must add up to.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridge.join import KINDS, Cell, Observed, Tokens, add_cells, unite, worth
+from bridge.model import Source, Usage
+from bridge.pricing import normalise_model
+from bridge.store import Store
+from bridge.usage import UsageBooks
+
+TOOL = "claude_code"
+HOUR = 3_600_000
+SEEDS = range(25)
+SOURCES = ("metrics", "events", "transcripts")
+SUBSETS = [subset for size in (1, 2, 3) for subset in combinations(SOURCES, size)]
+
+# --- unite -----------------------------------------------------------------------------------------------------
+
+OBSERVED = st.builds(
+    Observed,
+    id=st.just(0),
+    key=st.just(b""),
+    source=st.sampled_from(Source),
+    output=st.integers(0, 4),
+    has_id=st.booleans(),
+    is_united=st.just(False),
+    is_copy=st.just(False),
+)
+GROUPS = st.lists(OBSERVED, max_size=8).map(
+    lambda rows: [row._replace(id=at, key=bytes([at])) for at, row in enumerate(rows, 1)]
+)
+
+
+@given(GROUPS, st.randoms(use_true_random=False))
+def test_uniting_does_not_depend_on_order(rows: list[Observed], choose: random.Random) -> None:
+    shuffled = choose.sample(rows, len(rows))
+    renumbered = [row._replace(id=at) for at, row in enumerate(shuffled, 100)]
+    by_key = {row.key: row.id for row in renumbered}
+    first, second = unite(rows), unite(renumbered)
+    assert {row.key: first[row.id] for row in rows} == {row.key: second[by_key[row.key]] for row in rows}
+
+
+def most_pairs(rows: list[Observed]) -> int:
+    """The most pairs of an event and a line of which at most one has an id, found by trying."""
+    events = [row.has_id for row in rows if row.source is Source.EVENT]
+    lines = [row.has_id for row in rows if row.source is Source.TRANSCRIPT]
+    counts = Counter((left, True) for left in events) + Counter((right, False) for right in lines)
+    e_with, e_without = counts[True, True], counts[False, True]
+    l_with, l_without = counts[True, False], counts[False, False]
+    return max(
+        first + second + min(e_without - second, l_without - first)
+        for first in range(min(e_with, l_without) + 1)
+        for second in range(min(e_without, l_with) + 1)
+    )
+
+
+@given(GROUPS)
+def test_as_many_are_paired_as_can_be_and_none_is_lost(rows: list[Observed]) -> None:
+    verdicts = unite(rows)
+    counted = [verdict for verdict in verdicts.values() if verdict.is_counted]
+    assert len(counted) == len(rows) - most_pairs(rows)
+    for source in Source:
+        assert sum(row.output for row in rows if row.source is source) <= sum(verdict.output for verdict in counted)
+
+
+# --- worth -----------------------------------------------------------------------------------------------------
+
+COUNT = st.integers(0, 10**6)
+TOKENS: st.SearchStrategy[Tokens] = st.tuples(COUNT, COUNT, COUNT, COUNT)
+CELLS = st.builds(Cell, TOKENS, COUNT, st.just(0), TOKENS, COUNT)
+
+
+@given(CELLS, CELLS)
+def test_worth_is_monotone_in_tokens_and_never_below_a_source(cell: Cell, more: Cell) -> None:
+    before, after = worth(cell), worth(add_cells(cell, more))
+    assert all(x <= y for x, y in zip(before.tokens, after.tokens, strict=True))
+    assert all(x >= y for x, y in zip(before.tokens, cell.requests, strict=True))
+    assert all(x >= y for x, y in zip(before.tokens, cell.metrics, strict=True))
+    assert before.cost >= cell.metrics_cost
+
+
+@given(CELLS, COUNT, COUNT)
+def test_worth_is_monotone_in_cost(cell: Cell, requests: int, metrics: int) -> None:
+    assert worth(cell._replace(requests_cost=cell.requests_cost + requests)).cost >= worth(cell).cost
+    assert worth(cell._replace(metrics_cost=cell.metrics_cost + metrics)).cost >= worth(cell).cost
+
+
+@given(CELLS)
+def test_a_source_alone_is_worth_what_it_says(cell: Cell) -> None:
+    requests = Cell(cell.requests, cell.requests_cost if any(cell.requests) else 0)
+    assert worth(requests)[:2] == requests[:2]
+    metrics = Cell(metrics=cell.metrics, metrics_cost=cell.metrics_cost)
+    assert worth(metrics)[:2] == metrics[3:]
+
+
+# --- stories ---------------------------------------------------------------------------------------------------
+
+
+class Request(NamedTuple):
+    """What really happened. Ids as the API gives them, or as seen without; `cost` as the tool knows it."""
+
+    number: int
+    session: str
+    model: str
+    tokens: Tokens
+    time_ms: int
+    has_event_id: bool
+    has_line_id: bool
+
+    @property
+    def cost(self) -> int:
+        return sum(weight * count for weight, count in zip((3, 15, 1, 4), self.tokens, strict=True))
+
+
+class Metric(NamedTuple):
+    session: str
+    model: str
+    kind: str
+    amount: int
+
+
+Told = Usage | Metric
+
+
+def price(usage: Usage) -> int:
+    counts = (usage.input, usage.output, usage.cache_read, usage.cache_write)
+    return sum(weight * count for weight, count in zip((3, 15, 1, 4), counts, strict=True))
+
+
+def story(seed: int) -> list[Request]:
+    choose = random.Random(seed)
+    return [
+        Request(
+            number,
+            f"s{choose.randrange(3)}",
+            choose.choice(("claude-opus-4-6", "claude-haiku-4-5")),
+            # Few values, so that different requests look alike.
+            (choose.randrange(1, 4), choose.randrange(1, 50), choose.choice((0, 100)), choose.choice((0, 7))),
+            HOUR * choose.randrange(1, 4) + number,
+            choose.random() < 0.7,
+            choose.random() < 0.7,
+        )
+        for number in range(choose.randrange(1, 25))
+    ]
+
+
+def usage(request: Request, source: Source, **changes: Any) -> Usage:
+    has_id = request.has_event_id if source is Source.EVENT else request.has_line_id
+    new, output, read, written = request.tokens
+    members: dict[str, Any] = {
+        "key": bytes([source]) + request.number.to_bytes(15, "big"),
+        "request_id": f"req_{request.number}" if has_id else "",
+        "message": b"" if source is Source.EVENT else request.number.to_bytes(8, "big"),
+        "order": 1000,
+        **changes,
+    }
+    return Usage(
+        TOOL, source, members.pop("key"), members.pop("session", request.session), request.model, request.time_ms,
+        new, members.pop("output", output), read, written, 0, cost=request.cost if source is Source.EVENT else None,
+        **members,
+    )  # fmt: skip
+
+
+def told(requests: Iterable[Request], sources: tuple[str, ...], seed: int) -> Iterator[Told]:
+    """What sources tell of requests: also repeats, snapshots, copies in forks and side questions."""
+    choose = random.Random(seed)
+    for request in requests:
+        if "metrics" in sources:
+            for kind, amount in (*zip(KINDS, request.tokens, strict=True), ("usd", request.cost)):
+                if amount:
+                    yield Metric(request.session, request.model, kind, amount)
+        if "events" in sources:
+            yield usage(request, Source.EVENT)
+        if "transcripts" in sources:
+            lines = [usage(request, Source.TRANSCRIPT)]
+            if choose.random() < 0.4:
+                lines.insert(0, usage(request, Source.TRANSCRIPT, output=min(1, request.tokens[1])))
+            if choose.random() < 0.3:
+                lines.append(usage(request, Source.TRANSCRIPT, session="fork", order=2000))
+            if request.has_line_id and choose.random() < 0.3:
+                aside = b"copy" + request.number.to_bytes(12, "big")
+                name = f"req_aside_{request.number}"
+                lines.append(usage(request, Source.TRANSCRIPT, key=aside, request_id=name, is_sidechain=True))
+            yield from lines
+
+
+class Books:
+    """UsageBooks on a real database, with what was served at each step."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir()
+        self.store = Store(directory)
+        self.store.open(0)
+        self.books = UsageBooks(self.store, price, normalise_model)
+        self.books.load()
+        self.served: dict[tuple[int, str], int] = {}
+
+    def tell(self, group: Iterable[Told]) -> None:
+        with self.store.transaction():
+            for one in group:
+                if isinstance(one, Usage):
+                    self.books.add(one)
+                else:
+                    self.books.add_metric(TOOL, *one)
+            change = self.books.flush(1, 1)
+        for row in change.served:
+            assert row.value >= self.served.get((row.model, row.kind), 0)
+            self.served[row.model, row.kind] = row.value
+
+    def restart(self) -> None:
+        self.books = UsageBooks(self.store, price, normalise_model)
+        assert {(row.model, row.kind): row.value for row in self.books.load().served} == self.served
+
+    def select(self, sql: str) -> list[tuple[Any, ...]]:
+        return self.store.execute(sql).fetchall()
+
+    @property
+    def truth(self) -> dict[str, tuple[int, ...]]:
+        """By model: tokens, cost, requests."""
+        names = dict(self.select("select id, name from model"))
+        found = self.books._store.truths()
+        totals = {}
+        for model, row in found.items():
+            pool = worth(row.pool)
+            tokens = (x + y for x, y in zip(row.own.tokens, pool.tokens, strict=True))
+            totals[names[model]] = (*tokens, row.own.cost + pool.cost, row.requests)
+        return totals
+
+    @property
+    def state(self) -> list[Any]:
+        """All that must not depend on order, by names; what says nothing is left out."""
+        cell = ", ".join(f"c.{name}, c.metric_{name}" for name in (*KINDS, "cost"))
+        zero = " or ".join(f"c.{name} or c.metric_{name}" for name in KINDS)
+        join = "join session s on s.id = session join model m on m.id = model"
+        return [
+            self.truth,
+            self.select(f"select s.name, m.name, {cell} from cell c {join} where {zero} order by 1, 2"),
+            self.select(
+                "select hour, m.name, s.name, requests, input, output, cache_read, cache_write_5m, cost"
+                f" from rollup {join} where requests order by 1, 2, 3"
+            ),
+        ]
+
+    @property
+    def hours(self) -> dict[str, tuple[int, ...]]:
+        """The sums of the hours by model: tokens and requests."""
+        rows = self.select(
+            "select m.name, sum(input), sum(output), sum(cache_read), sum(cache_write_5m), sum(requests)"
+            " from rollup join model m on m.id = model group by 1 having sum(requests)"
+        )
+        return {row[0]: row[1:] for row in rows}
+
+
+def groups(what: list[Told], choose: random.Random) -> Iterator[list[Told]]:
+    while what:
+        size = choose.randint(1, 6)
+        yield what[:size]
+        what = what[size:]
+
+
+def expected(requests: list[Request]) -> dict[str, tuple[int, ...]]:
+    totals: dict[str, tuple[int, ...]] = {}
+    for request in requests:
+        old = totals.get(request.model, (0,) * 5)
+        totals[request.model] = tuple(x + y for x, y in zip(old, (*request.tokens, request.cost), strict=True))
+    return totals
+
+
+@pytest.mark.parametrize("sources", SUBSETS, ids="+".join)
+def test_any_subset_of_sources_in_any_order_adds_up_to_the_same(tmp_path: Path, sources: tuple[str, ...]) -> None:
+    """Each source alone and all together tell of every request, so all of them add up to what happened."""
+    for seed in SEEDS:
+        requests = story(seed)
+        views = list(told(requests, sources, seed))
+        states = []
+        for order in range(3):
+            choose = random.Random(order)
+            usages = [one for one in views if isinstance(one, Usage)]
+            repeats = choose.sample(usages, len(usages) // 3)
+            mixed = choose.sample([*views, *repeats], len(views) + len(repeats)) if order else views
+            books = Books(tmp_path / f"{seed}-{order}")
+            with closing(books.store):
+                for group in groups(mixed, choose):
+                    books.tell(group)
+                    if choose.random() < 0.2:
+                        books.restart()
+                states.append(books.state)
+                assert {model: total[:5] for model, total in books.truth.items()} == expected(requests), seed
+                if sources != ("metrics",):
+                    assert {model: sums[:4] for model, sums in books.hours.items()} == {
+                        model: sums[:4] for model, sums in expected(requests).items()
+                    }, seed
+                served = {(model, kind): value for (model, kind), value in books.served.items() if kind != "requests"}
+                names = dict(books.select("select id, name from model"))
+                for (model, kind), value in served.items():
+                    assert value >= books.truth[names[model]][(*KINDS, "usd").index(kind)]
+                if "transcripts" not in sources:  # nothing is corrected downwards but the estimate of a cost
+                    assert all(
+                        value == books.truth[names[model]][(*KINDS, "usd").index(kind)]
+                        for (model, kind), value in served.items()
+                        if kind != "usd" or len(sources) == 1
+                    )
+        assert all(state == states[0] for state in states), seed
+
+
+settings.register_profile("join", deadline=None, derandomize=True, max_examples=200)
+settings.load_profile("join")
