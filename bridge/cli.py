@@ -107,6 +107,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         if options.no_transcripts:
             flags["transcripts"] = False
         config = settings.load(text, os.environ, flags, str(file))
+        if config.prices:
+            _check_prices(config, str(file))
     except settings.ConfigError as error:
         sys.stderr.write(f"claude-otel-bridge: {error}\n")
         return os.EX_CONFIG
@@ -130,6 +132,16 @@ def _main(arguments: Sequence[str] | None) -> int:
     from bridge import daemon
 
     return daemon.run(config)
+
+
+def _check_prices(config: "Config", file: str) -> None:
+    from bridge import pricing
+    from bridge.config import ConfigError
+
+    try:
+        pricing.load(config.prices)
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def _back_up(file: Path, config: "Config") -> int:

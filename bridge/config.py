@@ -5,6 +5,7 @@ defaults. Unknown keys are errors with a hint, in the file and in the environmen
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_type_hints
@@ -119,7 +120,31 @@ def load(file_text: str, environment: Mapping[str, str], flags: Mapping[str, Any
         _check(layered, Config, name)
     layered.update(flags)
     _check(layered, Config, "command line")
-    return msgspec.convert(layered, Config, strict=False)
+    config = msgspec.convert(layered, Config, strict=False)
+    _check_sense(config)
+    return config
+
+
+_ADDRESS = re.compile(r"(localhost|127\.\d{1,3}\.\d{1,3}\.\d{1,3}|\[::1\]):(\d{1,5})")
+
+
+def _check_sense(config: Config) -> None:
+    """What no type says. Raises ConfigError."""
+    if not config.listen:
+        raise ConfigError("listen: at least one address is needed, as in localhost:4318")
+    for address in config.listen:
+        found = _ADDRESS.fullmatch(address)
+        if found is None:
+            raise ConfigError(
+                f"listen: {address}: expected HOST:PORT with a loopback host, as in localhost:4318, 127.0.0.1:4318 or"
+                " [::1]:4318; other addresses are refused, because whoever reaches the bridge may write to it"
+            )
+        if not 0 < int(found[2]) < 65_536:
+            raise ConfigError(f"listen: {address}: the port must be between 1 and 65535")
+    if config.source == "transcripts" and not config.transcripts:
+        raise ConfigError(
+            "source: transcripts alone cannot be counted while `transcripts` is false; change one of them"
+        )
 
 
 def to_toml(config: Config) -> str:

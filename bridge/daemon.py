@@ -168,7 +168,7 @@ async def _serve(config: Config, directory: Path, loop_name: str) -> int:
                 tasks.create_task(_every(FORGET_SECONDS, ledger.forget)),
                 tasks.create_task(_every(MARK_SECONDS, ledger.write_mark)),
                 tasks.create_task(_every(COPY_CHECK_SECONDS, copies.keep)),
-                tasks.create_task(_every(SURVEY_SECONDS, lambda: _survey(ledger, telemetry))),
+                tasks.create_task(_every(SURVEY_SECONDS, lambda: _survey(ledger, telemetry), at_once=True)),
                 tasks.create_task(_every(FORGET_SECONDS, lambda: ledger.forget_requests(config.history_days))),
                 *([tasks.create_task(_followed(follower, fail))] if follower else []),
                 tasks.create_task(_pulse(supervisor.watchdog_seconds())),
@@ -289,9 +289,11 @@ async def _followed(follower: Follower, fail: Callable[[BaseException], None]) -
         fail(error)
 
 
-async def _every(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
+async def _every(seconds: float, work: Callable[[], Awaitable[object]], *, at_once: bool = False) -> None:
     while True:
-        await asyncio.sleep(seconds)
+        if not at_once:
+            await asyncio.sleep(seconds)
+        at_once = False
         with contextlib.suppress(StoreUnavailable):  # the next export's refusal says so
             await work()
 

@@ -183,6 +183,8 @@ def check_daemon(answers: tuple[Answer, ...], instance: str, holder: str) -> Ite
         held = f"; process {holder} holds the state" if holder else ""
         where = ", ".join(f"{answer.address} ({answer.problem})" for answer in silent)
         todo = "start it: claude-otel-bridge install, or claude-otel-bridge in a terminal"
+        if holder:
+            todo = f"it runs with another `listen`: see the ready line of its log, or stop process {holder} first"
         yield Finding(Status.FAIL, "daemon", f"nothing answers on {where}{held}", todo)
     for answer in present:
         port = answer.address.rpartition(":")[2]

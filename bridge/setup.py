@@ -74,7 +74,9 @@ def target(tool: str, environment: Mapping[str, str], address: str) -> Target:
             }
             for name in claude_code.OVERRIDES:
                 wanted["env", name] = (MISSING, "wins over the general one and leads elsewhere")
-            file = _place("CLAUDE_CONFIG_DIR", ".claude", environment) / "settings.json"
+            # Of a list of directories, which only transcripts know, the first is the one that is written to.
+            first = environment.get("CLAUDE_CONFIG_DIR", "").partition(",")[0].strip()
+            file = _place("CLAUDE_CONFIG_DIR", ".claude", {**environment, "CLAUDE_CONFIG_DIR": first}) / "settings.json"
             return Target("Claude Code", file, JSON, wanted, address)
         case "codex":
             wanted = {

@@ -49,6 +49,11 @@ def test_members_of_tables_by_environment() -> None:
         ("", {"BRIDGE_LISTNE": "x"}, ["environment: unknown variable BRIDGE_LISTNE", "did you mean BRIDGE_LISTEN?"]),
         ("", {"BRIDGE_LIMITS_SERIES": "many"}, ["BRIDGE_LIMITS_SERIES: limits.series: expected `int`, got `str`"]),
         ("zzz = 1", {}, ["unknown setting zzz", "known are"]),
+        ("listen = []", {}, ["listen: at least one address"]),
+        ("", {"BRIDGE_LISTEN": "foo"}, ["listen: foo: expected HOST:PORT with a loopback host"]),
+        ('listen = ["0.0.0.0:4318"]', {}, ["listen: 0.0.0.0:4318", "other addresses are refused"]),
+        ('listen = ["localhost:99999"]', {}, ["listen: localhost:99999: the port must be between"]),
+        ('source = "transcripts"\ntranscripts = false', {}, ["source: transcripts alone", "change one of them"]),
     ],
 )
 def test_errors_say_where_and_what(file: str, environment: dict[str, str], words: list[str]) -> None:

@@ -268,3 +268,12 @@ def test_an_unwritable_state_directory_is_refused(tmp_path: Path) -> None:
     refused = run("--state-dir", str(blocked / "state"))
     assert refused.returncode == os.EX_CANTCREAT
     assert "cannot create state directory" in refused.stderr
+
+
+def test_wrong_prices_are_settings_errors(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    for table in ("input = 4", "inputs = 1", "input = -4\noutput = 1"):
+        file.write_text(f"[prices.claude-sonnet-4-5]\n{table}\n")
+        wrong = run("--config", str(file), "config", "check")
+        assert wrong.returncode == os.EX_CONFIG
+        assert f"{file}: prices.claude-sonnet-4-5" in wrong.stderr
