@@ -313,6 +313,8 @@ def _do(options: argparse.Namespace, config: Config, variables: Mapping[str, str
     if verb == "status":
         return service.status()
     if verb == "logs":
+        if not any(path.exists() for path in service.paths):
+            _say(f"the service is not installed; `{NAME} install{service.scope}` does that. What it once logged:")
         with contextlib.suppress(KeyboardInterrupt):
             return host.run(*service.supervisor.logs(options.lines, options.follow), shows=True)[0]
         return os.EX_OK
