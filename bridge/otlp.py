@@ -747,10 +747,13 @@ EventKeys = Mapping[str, frozenset[str]]
 """Event name -> the attributes of it that may leave the decoder."""
 
 
-def decode_logs(body: bytes, encoding: Encoding, wanted: EventKeys) -> Records:
-    """The log records by event name, and the `wanted` attributes of the events that `wanted` names."""
+def decode_logs(body: bytes, encoding: Encoding, wanted: EventKeys, content_keys: Set[str] = CONTENT_KEYS) -> Records:
+    """The log records by event name, and the `wanted` attributes of the events that `wanted` names.
+
+    The values of `content_keys` in a resource do not leave this function.
+    """
     read = _json_log_records if encoding is Encoding.JSON else _protobuf_log_records
-    return _records(lambda: read(body, wanted), Signal.LOGS, encoding)
+    return _records(lambda: read(body, wanted, content_keys), Signal.LOGS, encoding)
 
 
 def decode_traces(body: bytes, encoding: Encoding) -> Records:
@@ -779,12 +782,12 @@ def _records(read: Callable[[], Iterator[_RawRecord]], signal: Signal, encoding:
     return Records(service, names, events)
 
 
-def _protobuf_log_records(body: bytes, wanted: EventKeys) -> Iterator[_RawRecord]:
+def _protobuf_log_records(body: bytes, wanted: EventKeys, content_keys: Set[str]) -> Iterator[_RawRecord]:
     request = ExportLogsServiceRequest()
     _parse_protobuf(request, body)
     _bound(request.resource_logs)
     for resource_logs in request.resource_logs:
-        resource = Resource(_protobuf_attributes(resource_logs.resource.attributes, CONTENT_KEYS))
+        resource = Resource(_protobuf_attributes(resource_logs.resource.attributes, content_keys))
         _bound(resource_logs.scope_logs)
         for scope_logs in resource_logs.scope_logs:
             _bound(scope_logs.log_records)
@@ -808,9 +811,9 @@ def _protobuf_scalar(value: Any) -> EventValue | None:
     return getattr(value, which) if which in ("string_value", "int_value", "double_value", "bool_value") else None
 
 
-def _json_log_records(body: bytes, wanted: EventKeys) -> Iterator[_RawRecord]:
+def _json_log_records(body: bytes, wanted: EventKeys, content_keys: Set[str]) -> Iterator[_RawRecord]:
     for resource_logs in _members(_parse_json(body), "resourceLogs"):
-        resource = _json_resource(resource_logs)
+        resource = _json_resource(resource_logs, content_keys)
         for scope_logs in _members(resource_logs, "scopeLogs"):
             for record in _members(scope_logs, "logRecords"):
                 items = record.get("attributes") or ()

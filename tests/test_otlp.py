@@ -1173,6 +1173,19 @@ def test_of_an_event_only_what_was_asked_for_leaves_the_decoder(encoding: Encodi
     assert (event.name, event.attributes, event.time) == ("tool_result", kept, 7)
 
 
+@pytest.mark.parametrize("encoding", Encoding)
+def test_a_denied_resource_attribute_does_not_leave_the_decoder_of_logs(encoding: Encoding) -> None:
+    body = log_request({"attributes": [{"key": "event.name", "value": {"stringValue": "tool_result"}}]})
+    body["resourceLogs"][0]["resource"] = {"attributes": [{"key": "host.name", "value": {"stringValue": "canary"}}]}
+    sent = json.dumps(body).encode()
+    if encoding is Encoding.PROTOBUF:
+        sent = json_format.ParseDict(body, ExportLogsServiceRequest()).SerializeToString()
+    (event,) = decode_logs(sent, encoding, EVENT_KEYS, frozenset({"host.name"})).events
+    assert "canary" not in repr(event.resource.attributes)
+    (event,) = decode_logs(sent, encoding, EVENT_KEYS).events
+    assert "canary" in repr(event.resource.attributes)
+
+
 @pytest.mark.parametrize("path", ["/v1/logs", "/v1/traces"])
 def test_recorded_logs_and_spans_have_names(path: str) -> None:
     signal = Signal(path.removeprefix("/v1/"))

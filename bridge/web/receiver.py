@@ -168,7 +168,7 @@ class Receiver:
             case Signal.METRICS:
                 return otlp.decode_metrics(body, encoding, self._content_keys)
             case Signal.LOGS:
-                return otlp.decode_logs(body, encoding, claude_code.EVENT_KEYS)
+                return otlp.decode_logs(body, encoding, claude_code.EVENT_KEYS, self._content_keys)
             case Signal.TRACES:
                 return otlp.decode_traces(body, encoding)
 
