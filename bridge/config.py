@@ -92,7 +92,7 @@ DESCRIPTIONS = {
     "prices": "your own prices by model, in US dollars per million tokens",
     "labels.promote": "resource attributes that become labels of every series",
     "labels.drop": "attributes that are no labels; the values of series that become one are added up",
-    "labels.deny": "attributes that are not even stored",
+    "labels.deny": "attributes of metrics and resources that are not even stored",
     "labels.hash": "attributes whose values are replaced by a digest",
     "labels.scope": "add otel_scope_name and otel_scope_version",
     "limits.max_body_mib": "largest request body, before and after decompression",
