@@ -75,6 +75,7 @@ class LedgerSettings(msgspec.Struct, frozen=True):
     dropped: frozenset[str] = frozenset()
     hashed: frozenset[str] = frozenset()
     scope_labels: bool = False
+    hides_sessions: bool = False
     source: str = "auto"
 
 

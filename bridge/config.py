@@ -18,6 +18,21 @@ NOT_SETTINGS = ("BRIDGE_TEST_",)
 """Environment variables of this prefix that are not settings of the bridge."""
 
 
+COUNTED_BY = frozenset(
+    {
+        "model",
+        "type",
+        "input_tokens",
+        "output_tokens",
+        "cache_read_tokens",
+        "cache_creation_tokens",
+        "cache_creation_5m_tokens",
+        "cache_creation_1h_tokens",
+    }
+)
+"""Attributes without which usage cannot be counted once, so that they cannot be denied."""
+
+
 class ConfigError(ValueError):
     """A setting is wrong: says which, where it stands and what is expected."""
 
@@ -92,7 +107,7 @@ DESCRIPTIONS = {
     "prices": "your own prices by model, in US dollars per million tokens",
     "labels.promote": "resource attributes that become labels of every series",
     "labels.drop": "attributes that are no labels; the values of series that become one are added up",
-    "labels.deny": "attributes of metrics and resources that are not even stored",
+    "labels.deny": "attributes of metrics, events and resources that are not even stored",
     "labels.hash": "attributes whose values are replaced by a digest",
     "labels.scope": "add otel_scope_name and otel_scope_version",
     "limits.max_body_mib": "largest request body, before and after decompression",
@@ -141,6 +156,8 @@ def _check_sense(config: Config) -> None:
             )
         if not 0 < int(found[2]) < 65_536:
             raise ConfigError(f"listen: {address}: the port must be between 1 and 65535")
+    for key in sorted(COUNTED_BY.intersection(config.labels.deny)):
+        raise ConfigError(f"labels.deny: {key}: usage is counted by it; labels.drop keeps it off /metrics")
     if config.source == "transcripts" and not config.transcripts:
         raise ConfigError(
             "source: transcripts alone cannot be counted while `transcripts` is false; change one of them"

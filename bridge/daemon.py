@@ -207,6 +207,7 @@ def ledger_settings(config: Config) -> LedgerSettings:
         dropped=frozenset(config.labels.drop),
         hashed=frozenset(config.labels.hash),
         scope_labels=config.labels.scope,
+        hides_sessions=claude_code.SESSION_KEY in config.labels.deny,
         source=config.source,
     )
 

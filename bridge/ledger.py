@@ -79,7 +79,7 @@ class Ledger:
         mark: Mark | None = None,
     ) -> None:
         self._store = store
-        self._usage = UsageBooks(store, price, normalise)
+        self._usage = UsageBooks(store, price, normalise, hides_sessions=settings.hides_sessions)
         self._settings = settings
         self._clock_ms = clock_ms
         self._failed = failed

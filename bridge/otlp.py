@@ -329,8 +329,12 @@ def _sorted_attributes(found: dict[str, AttributeValue], content_keys: Set[str])
 
 
 def _redacted(value: AttributeValue) -> Typed:
-    text = value if isinstance(value, str) else f"{value.type}\0{value.text}"
-    return Typed(REDACTED, blake2b(text.encode(), digest_size=16).hexdigest())
+    return Typed(REDACTED, redacted_text(value if isinstance(value, str) else f"{value.type}\0{value.text}"))
+
+
+def redacted_text(text: str) -> str:
+    """What stands in the place of an attribute's text that must not be stored: the same for the same text."""
+    return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _array(values: Iterable[AttributeValue]) -> Typed:

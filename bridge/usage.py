@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from bridge.join import KINDS, Cell, Observed, Verdict, Worth, add_cells, add_worth, unite, worth
 from bridge.model import CostSource, Source, Usage
+from bridge.otlp import redacted_text
 from bridge.store import Store
 from bridge.usage_store import (
     LOADING,
@@ -66,12 +67,16 @@ class Survey(NamedTuple):
 
 
 class UsageBooks:
-    """Adds usage in the transaction of its caller. `price` gives nano-dollars or None, `normalise` a model's name."""
+    """Adds usage in the transaction of its caller. `price` gives nano-dollars or None, `normalise` a model's name.
 
-    def __init__(self, store: Store, price: Price, normalise: Normalise) -> None:
+    `hides_sessions`: requests' sessions are stored as what the metrics' decoder makes of a denied attribute.
+    """
+
+    def __init__(self, store: Store, price: Price, normalise: Normalise, *, hides_sessions: bool = False) -> None:
         self._store = UsageStore(store)
         self._price = price
         self._normalise = normalise
+        self._hides_sessions = hides_sessions
         self._recent: dict[bytes, None] = {}
         self._models: dict[tuple[str, str], ModelRow] = {}
         self._truths: dict[int, TruthRow] = {}
@@ -177,7 +182,8 @@ class UsageBooks:
             cost = self._price(usage)
             cost_source = CostSource.UNPRICED if cost is None else CostSource.PRICE
         cost = cost and min(cost, MAX_INTEGER)
-        session = self._session(usage.tool, usage.session)
+        name = redacted_text(usage.session) if self._hides_sessions and usage.session else usage.session
+        session = self._session(usage.tool, name)
         request = blake2b(usage.request_id.encode(), digest_size=8).digest() if usage.request_id else None
         key = usage.message + usage.key[:8] if usage.message else usage.key
         return UsageRow(

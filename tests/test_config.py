@@ -53,6 +53,7 @@ def test_members_of_tables_by_environment() -> None:
         ("", {"BRIDGE_LISTEN": "foo"}, ["listen: foo: expected HOST:PORT with a loopback host"]),
         ('listen = ["0.0.0.0:4318"]', {}, ["listen: 0.0.0.0:4318", "other addresses are refused"]),
         ('listen = ["localhost:99999"]', {}, ["listen: localhost:99999: the port must be between"]),
+        ('labels.deny = ["user.id", "model"]', {}, ["labels.deny: model: usage is counted by it", "labels.drop"]),
         ('source = "transcripts"\ntranscripts = false', {}, ["source: transcripts alone", "change one of them"]),
     ],
 )

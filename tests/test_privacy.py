@@ -19,6 +19,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.daemon import JSON, PROTOBUF, Daemon
+from tests.test_transcripts import eventually, select, wait_until_read
+from tests.transcript_tree import MODELS, response
 
 CANARY = "kanarienvogel"
 VISIBLE = "hirundo-rustica"
@@ -223,6 +225,55 @@ def test_content_and_secrets_stand_nowhere(make_daemon: Callable[..., Daemon], a
     assert daemon.stop() == 0
     assert_no_tracks(daemon, is_running=False)
     assert any(VISIBLE.encode() in data for data in files_of(daemon.state_dir).values())
+
+
+PEOPLE = ("session.id", "user.id", "user.email", "user.account_uuid", "request_id", "client_request_id", "tool_name")
+
+
+@pytest.mark.parametrize("kind", [JSON, PROTOBUF])
+def test_denied_attributes_of_events_stand_nowhere_and_sources_still_join(
+    make_daemon: Callable[..., Daemon], tmp_path_factory: pytest.TempPathFactory, kind: str
+) -> None:
+    """One request as metrics, event and transcript tell of it, under a session that must not be known."""
+    root = tmp_path_factory.mktemp("config") / "projects"
+    root.mkdir()
+    environment = {"BRIDGE_LABELS_DENY": ",".join(PEOPLE), "CLAUDE_CONFIG_DIR": str(root.parent)}
+    daemon = make_daemon("--log-level", "debug", env=environment).start()
+    wait_until_read(daemon, root)
+    people = [attribute(key, canary(key)) for key in PEOPLE]
+    point = {**TIMES, "asInt": "10", "attributes": [*people, attribute("model", MODELS[0]), attribute("type", "input")]}
+    added = {"aggregationTemporality": 1, "isMonotonic": True, "dataPoints": [point]}
+    metric = {"name": "claude_code.token.usage", "sum": added}
+    scope = {"name": "com.anthropic.claude_code"}
+    resource = {"attributes": [attribute("service.name", "claude-code")]}
+    metrics = {"resourceMetrics": [{"resource": resource, "scopeMetrics": [{"scope": scope, "metrics": [metric]}]}]}
+    told = [attribute("input_tokens", {"intValue": "10"}), attribute("output_tokens", {"intValue": "20"})]
+    records = [
+        {
+            "timeUnixNano": "5",
+            "attributes": [attribute("event.name", name), attribute("model", MODELS[0]), *people, *told],
+        }
+        for name in ("api_request", "api_error", "tool_result", "tool_decision", "user_prompt")
+    ]
+    logs = {"resourceLogs": [{"resource": resource, "scopeLogs": [{"scope": scope, "logRecords": records}]}]}
+    line = response("msg_1", None, sessionId=canary("session.id"))
+    (root / "p").mkdir()
+    (root / "p" / "s.jsonl").write_bytes(line)
+    for path, request, message in (
+        ("/v1/metrics", metrics, ExportMetricsServiceRequest()),
+        ("/v1/logs", logs, ExportLogsServiceRequest()),
+    ):
+        body = json.dumps(request).encode() if kind == JSON else ParseDict(request, message).SerializeToString()
+        assert daemon.post(path, body, kind).status == 200
+    assert eventually(lambda: select(daemon, "select count(*) from usage") == [(2,)])
+    shown = daemon.samples()
+    assert shown['claude_code_token_usage{type="input"}'] == "10"
+    assert shown['claude_code_token_usage{type="output"}'] == "20"
+    assert select(daemon, "select count(*) from session") == [(1,)]
+    assert "ai_errors_total" in daemon.get("/metrics").text
+    assert_no_tracks(daemon, is_running=True)
+    assert daemon.stop() == 0
+    assert_no_tracks(daemon, is_running=False)
 
 
 def test_the_search_finds_what_it_looks_for() -> None:

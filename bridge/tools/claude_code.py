@@ -7,7 +7,7 @@ checked 2026-11-21. All eight metrics are monotonic sums whose values are sent a
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from datetime import UTC, datetime, timedelta
 from hashlib import blake2b
 from typing import Annotated, Any, NamedTuple
@@ -614,6 +614,14 @@ EVENT_KEYS: dict[str, frozenset[str]] = {
 """The events that are asked for anything, and the attributes of them that may leave the decoder: nothing that a user
 or a model wrote, no command, no path, no error text."""
 
+SESSION_KEY = "session.id"
+
+
+def event_keys(denied: Set[str]) -> dict[str, frozenset[str]]:
+    """EVENT_KEYS without what is denied, but for the session: sources are joined by it, so the ledger replaces it."""
+    return {name: keys - (denied - {SESSION_KEY}) for name, keys in EVENT_KEYS.items()}
+
+
 _EVENT_COUNTS = (
     "input_tokens",
     "output_tokens",
@@ -692,7 +700,7 @@ def read_events(events: Iterable[Event]) -> tuple[list[Usage], list[DataPoint], 
     points: list[DataPoint] = []
     refused: list[Refusal] = []
     for event in events:
-        session, user = _plain(event, "session.id"), _plain(event, "user.email") or _plain(event, "user.id")
+        session, user = _plain(event, SESSION_KEY), _plain(event, "user.email") or _plain(event, "user.id")
         usage = read_event(event.name, event.attributes, session, user, event.time // 1_000_000)
         if isinstance(usage, Drop):
             refused.append(Refusal(usage, f"{PREFIX}{event.name}"))

@@ -49,6 +49,7 @@ class Receiver:
         self._telemetry = telemetry
         self._throttle = throttle
         self._content_keys = otlp.CONTENT_KEYS.union(config.labels.deny)
+        self._event_keys = claude_code.event_keys(frozenset(config.labels.deny))
         self._in_flight = 0
         self._points = 0
         self._decoder = ThreadPoolExecutor(1, "decode")
@@ -168,7 +169,7 @@ class Receiver:
             case Signal.METRICS:
                 return otlp.decode_metrics(body, encoding, self._content_keys)
             case Signal.LOGS:
-                return otlp.decode_logs(body, encoding, claude_code.EVENT_KEYS, self._content_keys)
+                return otlp.decode_logs(body, encoding, self._event_keys, self._content_keys)
             case Signal.TRACES:
                 return otlp.decode_traces(body, encoding)
 
