@@ -45,7 +45,7 @@ def requests(found: Iterable[Usage]) -> list[Request]:
     return sorted(
         Request(
             usage.model, usage.input, usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h,
-            usage.web_searches, usage.speed, usage.geo,
+            usage.web_searches, usage.speed, usage.geo, usage.cost or 0,
         )
         for usage in settled(found)
     )  # fmt: skip

@@ -25,7 +25,7 @@ CONSTANT_ID = "msg_gateway"
 
 
 class Request(NamedTuple):
-    """An API request as decided; `write_5m` and `write_1h` are cache writes."""
+    """An API request as decided; `write_5m` and `write_1h` are cache writes, `told` the line's own nano-dollars."""
 
     model: str
     input: int
@@ -36,6 +36,33 @@ class Request(NamedTuple):
     searches: int = 0
     speed: str = ""
     geo: str = ""
+    told: int = 0
+
+
+# https://platform.claude.com/docs/en/about-claude/pricing, checked 2026-11-28: USD per million tokens, so that a
+# thousandfold is nano-dollars a token. Written and read cache tokens are 1.25, 2 and 0.1 times the input.
+LIST_PRICES = {
+    "claude-sonnet-4-5-20250929": (3, 15),
+    "claude-opus-4-6": (5, 25),
+    "claude-haiku-4-5-20251001": (1, 5),
+    "claude-sonnet-5": (2, 10),
+    "claude-opus-5": (5, 25),
+}
+FAST = {"claude-opus-4-6": 6, "claude-opus-5": 2}
+
+
+def list_price(request: Request) -> int:
+    """What a request costs in nano-dollars, worked out from the list and no code of the bridge."""
+    if request.told:
+        return request.told
+    into, out = (1000 * price for price in LIST_PRICES[request.model])
+    prompt = request.input + request.read + request.write_5m + request.write_1h
+    if request.model == "claude-sonnet-4-5-20250929" and prompt > 200_000:
+        into, out = 2 * into, 3 * out // 2
+    cached = request.write_5m * into * 5 // 4 + request.write_1h * into * 2 + request.read * into // 10
+    factor = FAST.get(request.model, 1) if request.speed == "fast" else 1
+    tokens = (request.input * into + request.output * out + cached) * factor
+    return (tokens * 11 // 10 if request.geo == "us" else tokens) + request.searches * 10_000_000
 
 
 class Truth:
@@ -167,6 +194,7 @@ class Writer:
         self.truth = Truth()
         self.number = 0
         self.time_ms = START_MS
+        self.gateway_prompts: set[tuple[str, int, int, int]] = set()
         self.texts = [" ".join(self.random.choices(_WORDS.split(" "), k=60)) for _ in range(4000)]
 
     def write(self) -> Truth:
@@ -240,11 +268,10 @@ class Writer:
         is_old = place.version == "1.0.128"
         request = self.truth.book(
             Request(
-                random.choice(MODELS),
-                # Under a constant id only the numbers tell two requests apart.
-                self.number if gateway == "constant" else random.randrange(1, 400),
+                model := random.choice(MODELS),
+                self._input(model, read := random.randrange(150_000), written, gateway),
                 random.randrange(1, 4000),
-                random.randrange(150_000),
+                read,
                 0 if is_1h else written,
                 written if is_1h else 0,
                 random.choice((0,) * 30 + (1, 3)),
@@ -266,6 +293,14 @@ class Writer:
                 f'"output_tokens":{advice.output},"cache_read_input_tokens":0,"cache_creation_input_tokens":0}}]'
             )
         return request, Shape(f"msg_{self.number:022x}", request_id, "sum" if is_old else "split", iterations)
+
+    def _input(self, model: str, read: int, written: int, gateway: str) -> int:
+        """Under a constant id only the numbers tell two requests apart."""
+        count = self.random.randrange(1, 400)
+        while gateway == "constant" and (model, count, read, written) in self.gateway_prompts:
+            count += 1
+        self.gateway_prompts.add((model, count, read, written))
+        return count
 
     def _blocks(self, place: Place, request: Request, shape: Shape, lines: list[str]) -> None:
         """A line for each block of the response; old clients wrote what was known of the output at each time."""
@@ -401,9 +436,27 @@ def _edge_cases() -> Iterator[Case]:
     yield Case("a_fork_copies_lines", {"s1.jsonl": original, "s2.jsonl": copy}, (plain,))
     parent = response(*ids("btw"), {"cache_read_input_tokens": 7})
     aside = response("msg_btw", "req_btw_other", {"cache_read_input_tokens": 90_000}, isSidechain=True)
+    later, aside_later = (
+        line.replace(b"msg_btw", b"msg_late").replace(b"req_btw", b"req_late") for line in (parent, aside)
+    )
     yield Case("a_side_question_replays_a_response", {"a.jsonl": aside, "s1.jsonl": parent}, (plain._replace(read=7),))
+    yield Case(
+        "a_side_question_in_a_later_file", {"s1.jsonl": later, "z.jsonl": aside_later}, (plain._replace(read=7),)
+    )
+    gone = response("msg_gone", "req_gone_other", {"cache_read_input_tokens": 90_000}, isSidechain=True)
+    yield one("a_side_question_whose_parent_is_gone", gone, request=plain._replace(read=90_000))
+    unnamed = response("msg_unnamed", None), response("msg_unnamed", "req_unnamed", isSidechain=True)
+    yield Case("a_sidechain_beside_a_response_without_request_id", {"s1.jsonl": b"".join(unnamed)}, (plain, plain))
+    told_twice = [
+        response(*ids("tie"), {"cache_read_input_tokens": 5}, isSidechain=True),
+        response(*ids("tie"), {"cache_read_input_tokens": 7}),
+    ]
+    yield one("of_equal_outputs_the_original_stands", *told_twice, request=plain._replace(read=7))
+    yield one("a_sidechain_in_its_parents_file", response(*ids("inside"), isSidechain=True))
     subagent = response(*ids("agent"), isSidechain=True)
     yield Case("a_subagent_has_its_own_file", {"s1/subagents/agent-1.jsonl": subagent}, (plain,))
+    nested = response(*ids("workflow"), isSidechain=True)
+    yield Case("a_workflow_has_files_further_down", {"s1/subagents/workflows/run-1/agent-1.jsonl": nested}, (plain,))
     files = {
         "s1.jsonl": progress(response(*ids("progress"))),
         "s1/subagents/agent-1.jsonl": response(*ids("progress"), isSidechain=True),
@@ -438,6 +491,8 @@ def _edge_cases() -> Iterator[Case]:
         response(*ids("nosum"), {"cache_creation": split}),
         request=plain._replace(write_5m=100, write_1h=150),
     )
+    thought = {"output_tokens_details": {"thinking_tokens": 15}}
+    yield one("thinking_is_part_of_the_output", response(*ids("thought"), thought))
     advice = {"type": "advisor_message", "model": ADVISOR, "input_tokens": 70, "output_tokens": 80}
     steps = [{"type": "message", "input_tokens": 10, "output_tokens": 20}, advice, advice]
     advised = response(*ids("advised"), {"iterations": steps})
@@ -445,8 +500,20 @@ def _edge_cases() -> Iterator[Case]:
     yield Case("advisors_are_not_in_the_totals", {"s1.jsonl": advised + advised}, (plain, asked, asked))
     searched = response(*ids("search"), {"server_tool_use": {"web_search_requests": 3, "web_fetch_requests": 9}})
     yield one("web_searches", searched, request=plain._replace(searches=3))
-    dear = response(*ids("fast"), {"speed": "fast", "inference_geo": "us"})
-    yield one("speed_and_geography", dear, request=plain._replace(speed="fast", geo="us"))
+    fast = response(*ids("fast"), {"speed": "fast"}, model=MODELS[1])
+    yield one("fast_mode", fast, request=plain._replace(model=MODELS[1], speed="fast"))
+    yield one(
+        "fast_mode_of_a_model_that_has_none",
+        response(*ids("slow"), {"speed": "fast"}),
+        request=plain._replace(speed="fast"),
+    )
+    dear = response(*ids("us"), {"inference_geo": "us"})
+    yield one("geography", dear, request=plain._replace(geo="us"))
+    yield one("cost_of_an_old_client", response(*ids("cost"), costUSD=7.5), request=plain._replace(told=7_500_000_000))
+    long = {"input_tokens": 150_000, "cache_read_input_tokens": 60_000, "output_tokens": 1000}
+    yield one(
+        "a_long_prompt", response(*ids("long"), long), request=plain._replace(input=150_000, read=60_000, output=1000)
+    )
 
     yield none("synthetic", response(*ids("synthetic"), model="<synthetic>"))
     yield none("api_error", response(*ids("error"), isApiErrorMessage=True))
@@ -455,6 +522,14 @@ def _edge_cases() -> Iterator[Case]:
         ("a_tool_result_rolls_up_a_subagent", "user", ROLL_UP_MEMBERS),
         ("a_compaction_quotes_usage", "user", SUMMARY_MEMBERS),
         ("a_boundary_has_token_numbers", "system", BOUNDARY_MEMBERS),
+        (
+            "a_snapshot_holds_a_transcript",
+            "file-history-snapshot",
+            f'"snapshot":{response("m", "r").decode().strip()},',
+        ),
+        ("an_attachment_tells_of_usage", "attachment", '"attachment":{"usage":{"input_tokens":5,"output_tokens":5}},'),
+        ("a_queue_operation", "queue-operation", '"operation":"enqueue","content":"usage: input_tokens",'),
+        ("a_turn_has_a_duration", "system", '"subtype":"turn_duration","durationMs":1500,"usage":{"input_tokens":5},'),
     ):
         yield none(name, plain_line(place, kind, members, time_ms=START_MS, number=1).encode())
     yield none("usage_is_null", response(*ids("null")).replace(b'"usage":{', b'"usage":null,"was":{'))

@@ -13,7 +13,6 @@ import cProfile
 import json
 import os
 import pstats
-import resource
 import shutil
 import sqlite3
 import subprocess
@@ -25,13 +24,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge import pricing, transcripts
-from bridge.model import Source, Usage
-from bridge.pricing import Prices, normalise_model
+from bridge.model import Usage
+from bridge.pricing import normalise_model
 from bridge.store import Store
 from bridge.tools.claude_code import TRANSCRIPTS
 from bridge.usage import UsageBooks
 from tests.daemon import Daemon
-from tests.transcript_tree import START_MS, Request, write_tree
+from tests.transcript_tree import START_MS, list_price, write_tree
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -51,27 +50,16 @@ class Sums(NamedTuple):
     cost: int
 
 
-def price(prices: Prices, request: Request) -> int:
-    usage = Usage(
-        "claude_code", Source.TRANSCRIPT, b"", "", request.model, START_MS, request.input, request.output,
-        request.read, request.write_5m, request.write_1h, web_searches=request.searches, speed=request.speed,
-        geo=request.geo,
-    )  # fmt: skip
-    cost = prices.cost(usage)
-    return 0 if cost is None else cost.total
-
-
 def make_tree(directory: Path, files: int, size: int) -> Sums:
     """The tree, made unless it is there, and its truth, kept beside it."""
     truth = directory / "truth.json"
     if not truth.exists():
         made = write_tree(directory, files=files, size=size)
-        prices = pricing.load({})
         tokens: dict[str, Counter[str]] = {}
         for model, counts in made.tokens().items():
             kept = {name: counts[name] for name in ("input", "output", "read", "write_5m", "write_1h", "requests")}
             tokens.setdefault(normalise_model(model), Counter()).update(kept)
-        truth.write_text(json.dumps([tokens, made.cost(lambda request: price(prices, request))]))
+        truth.write_text(json.dumps([tokens, made.cost(list_price)]))
     found, cost = json.loads(truth.read_text())
     return Sums(found, cost)
 
@@ -111,7 +99,6 @@ def run_bridge(tree: Path, truth: Sums) -> Run:
 
 
 def run_ccusage(command: str, tree: Path) -> tuple[Run, dict[str, Any]]:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -119,29 +106,12 @@ def run_ccusage(command: str, tree: Path) -> tuple[Run, dict[str, Any]]:
             stdout=output,
             env={**os.environ, "CLAUDE_CONFIG_DIR": str(tree), "HOME": str(tree)},
         )
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, *(_memory(pid) for pid in (process.pid, *_children(process.pid))))
-            time.sleep(0.01)
+        _, status, used = os.wait4(process.pid, 0)  # with what its own children used
         wall = time.perf_counter() - began
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         totals: dict[str, Any] = json.load(output)["totals"]
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Run(wall, cpu, peak / 1000), totals
-
-
-def _children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
-    return [int(word) for word in found.split()]
-
-
-def _memory(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+    return Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1000), totals
 
 
 def best(runs: list[Run]) -> Run:
