@@ -20,12 +20,15 @@ from bridge.model import (
     DataPoint,
     Drop,
     Exemplar,
+    ExponentialHistogram,
+    Histogram,
     Kind,
     Metric,
     Receipt,
     Refusal,
     Temporality,
     Typed,
+    UsageCell,
     Value,
     attribute_text,
 )
@@ -41,7 +44,7 @@ from bridge.store import (
     WriterRow,
 )
 from bridge.temporality import IDENTITY_BYTES, Run, advance, begins_run, delta_identity, refusal
-from bridge.tools import claude_code
+from bridge.tools import claude_code, known
 from bridge.usage import UsageBooks, UsageChange
 from bridge.usage_store import TranscriptRow
 from bridge.values import add, subtract
@@ -120,11 +123,11 @@ class _Origin(msgspec.Struct, frozen=True):
 
 
 class _Stream(msgspec.Struct):
-    """`total` is the lifetime total that the stream adds to, `cell` the (session, model, kind) of the join."""
+    """`total` is the lifetime total that the stream adds to, `cell` where it belongs in the join."""
 
     row: StreamRow
     total: str | None
-    cell: tuple[str, str, str] | None
+    cell: UsageCell | None
 
 
 class _Books(msgspec.Struct):
@@ -294,7 +297,7 @@ class Bookkeeper:
             else:
                 stream = self._stream(origin, point)
                 posted.append((origin, stream, stream.row, point))
-        if any(_needs_body_hash(stream, point) for _, stream, _, point in posted):
+        if request.transcript is None and any(_needs_body_hash(stream, point) for _, stream, _, point in posted):
             body_hash = blake2b(request.body, digest_size=16).digest()
             if body_hash in self._books.requests or self._store.has_request(body_hash):
                 return Receipt(0, len(posted), tuple(refused))
@@ -343,19 +346,23 @@ class Bookkeeper:
 
     def _count(self, origin: _Origin, stream: _Stream, amount: Value, time: int) -> None:
         """Add to the series, and to what is joined or shown to XRG."""
-        if stream.cell is not None and self._settings.source == "transcripts":
-            return
+        cell = stream.cell
+        if cell is not None and self._settings.source == "transcripts":
+            if cell.tool == claude_code.TOOL:  # transcripts feed these
+                return
+            cell = None
         self._add(origin, stream, amount, time)
-        if isinstance(amount, int) and amount:
-            if stream.total is not None:
-                self._set_total(stream.total, self._totals.get(stream.total, 0) + amount)
-            if stream.cell is not None:
-                self._usage.add_metric(claude_code.TOOL, *stream.cell, amount)
+        if stream.total is not None and isinstance(amount, int) and amount:
+            self._set_total(stream.total, self._totals.get(stream.total, 0) + amount)
+        if cell is not None and (tokens := _whole(amount)):
+            self._usage.add_metric(cell, tokens, (time // 1_000_000) or self._now)
 
     def _feed_from_transcripts(self) -> None:
         """With transcripts as the only source, they feed the tool's own families; OTLP stays out of those."""
         for session, model, cell in self._usage.touched():
-            for metric, attributes, worth in claude_code.transcript_series(session, model, cell):
+            if session.tool != claude_code.TOOL:
+                continue
+            for metric, attributes, worth in claude_code.transcript_series(session.name, model, cell):
                 origin = self._origin(metric)
                 if isinstance(origin, Drop):
                     continue
@@ -467,7 +474,7 @@ class Bookkeeper:
         shown = self._shown(resource.attributes)
         parts = [shown[key] for key in ("service.namespace", "service.name") if shown.get(key)]
         job, shown_instance = self._cut("/".join(parts)), shown.get("service.instance.id", "")
-        quantity = claude_code.QUANTITIES.get(metric.name) if metric.kind is Kind.COUNTER else None
+        quantity = known.quantity(metric)
         unit = quantity.unit if quantity else metric.unit
         scale = quantity.scale if quantity else 0
         shown_name, unit = self._cut(metric.name), unit[:MAX_UNIT]
@@ -511,11 +518,8 @@ class Bookkeeper:
         stream = self._streams.get(key)
         if stream is None:
             row = self._store.stream(key) or self._add_stream(key, origin, point)
-            total = cell = None
-            if origin.scale:
-                total = claude_code.total_key(point.metric.name, point.attributes)
-                cell = claude_code.usage_cell(point.metric.name, point.attributes)
-            stream = self._streams[key] = _Stream(row, total, cell)
+            total = claude_code.total_key(point.metric.name, point.attributes) if origin.scale else None
+            stream = self._streams[key] = _Stream(row, total, known.usage_cell(point.metric, point.attributes))
         if stream.row.labelled != origin.labelled:
             series = self._find_series(origin, point.attributes)
             self._store.move_stream(stream.row.id, series, origin.labelled)
@@ -621,6 +625,19 @@ def _refusal(origin: _Origin, point: DataPoint) -> Drop | None:
         if math.isfinite(value) and value > limit:
             return Drop.IMPLAUSIBLE
     return refusal(metric, value)
+
+
+def _whole(amount: Value) -> int:
+    """An amount of tokens: a histogram's is its sum."""
+    match amount:
+        case int():
+            return amount
+        case Histogram() | ExponentialHistogram() if amount.sum is not None:
+            return round(min(amount.sum, MAX_INTEGER))
+        case float():
+            return round(min(amount, MAX_INTEGER))
+        case _:
+            return 0
 
 
 def _needs_body_hash(stream: _Stream, point: DataPoint) -> bool:

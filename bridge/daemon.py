@@ -38,7 +38,7 @@ from bridge.store import (
     prepare_directory,
 )
 from bridge.telemetry import Telemetry, Throttle, configure_log, log
-from bridge.tools import claude_code
+from bridge.tools import known
 from bridge.transcripts import Follower
 from bridge.web.metrics import Views
 from bridge.web.receiver import Receiver
@@ -207,7 +207,7 @@ def ledger_settings(config: Config) -> LedgerSettings:
         dropped=frozenset(config.labels.drop),
         hashed=frozenset(config.labels.hash),
         scope_labels=config.labels.scope,
-        hides_sessions=claude_code.SESSION_KEY in config.labels.deny,
+        hides_sessions=not known.SESSION_KEYS.isdisjoint(config.labels.deny),
         source=config.source,
     )
 
@@ -279,8 +279,9 @@ def _lazy_price(config: Config) -> Callable[[Usage], int | None]:
 def _follower(config: Config, ledger: Ledger, telemetry: Telemetry, throttle: Throttle) -> Follower | None:
     if not config.transcripts or config.source == "otlp":
         return None
-    roots = claude_code.TRANSCRIPTS.roots(os.environ, str(Path.home()))
-    return Follower(ledger, claude_code.TRANSCRIPTS, roots, telemetry, throttle)
+    home = str(Path.home())
+    roots = {root: tool for tool in known.TRANSCRIPTS.values() for root in tool.roots(os.environ, home)}
+    return Follower(ledger, roots, telemetry, throttle)
 
 
 async def _followed(follower: Follower, fail: Callable[[BaseException], None]) -> None:

@@ -85,7 +85,8 @@ def _pairs(events: list[Observed], lines: list[Observed]) -> Iterable[tuple[Obse
 class Cell(NamedTuple):
     """What the sources say of one session (or of all without metrics of their own) and one model.
 
-    Costs in nano-dollars; `unpriced` counts tokens of requests whose cost nobody knows.
+    Costs in nano-dollars; `unpriced` counts tokens of requests whose cost nobody knows, `metrics_unpriced` those of
+    metrics. `prompt` is what metrics tell of prompts as a whole: what was read from caches is among it.
     """
 
     requests: Tokens = NO_TOKENS
@@ -93,6 +94,8 @@ class Cell(NamedTuple):
     unpriced: int = 0
     metrics: Tokens = NO_TOKENS
     metrics_cost: int = 0
+    prompt: int = 0
+    metrics_unpriced: int = 0
 
 
 class Worth(NamedTuple):
@@ -103,20 +106,38 @@ class Worth(NamedTuple):
     unpriced: int = 0
 
 
-def worth(cell: Cell) -> Worth:
-    """The larger of both sums for each kind of token; the metrics' cost and that of the tokens beyond them."""
-    tokens = _tokens(max(pair) for pair in zip(cell.requests, cell.metrics, strict=True))
-    beyond = [token - metric for token, metric in zip(tokens, cell.metrics, strict=True)]
-    if not any(beyond):
-        return Worth(tokens, cell.metrics_cost, 0)
-    if tokens == cell.requests:
-        # The requests are all there is, so their cost is the whole; it never lowers what the metrics reported.
-        extra = max(0, cell.requests_cost - cell.metrics_cost)
-    else:
-        whole = sum(weight * count for weight, count in zip(_WEIGHTS, cell.requests, strict=True))
-        part = sum(weight * count for weight, count in zip(_WEIGHTS, beyond, strict=True))
-        extra = cell.requests_cost * part // whole
-    return Worth(tokens, cell.metrics_cost + extra, min(cell.unpriced, sum(beyond)))
+def worth(cell: Cell, *, reports_cost: bool = True) -> Worth:
+    """The larger of both sums for each kind of token; the cost of one side and that of the tokens beyond it.
+
+    With `reports_cost` the metrics' cost is the tool's own, and requests add what exceeds the metrics. Without, the
+    metrics' cost is an estimate of their sums: then the requests' stands, and metrics add what exceeds the requests.
+    """
+    requests, metrics = cell.requests, cell.metrics
+    read, written = max(requests[2], metrics[2]), max(requests[3], metrics[3])
+    if cell.prompt:  # its rest is new
+        metrics = (max(metrics[0], cell.prompt - read - written), *metrics[1:])
+    tokens = (max(requests[0], metrics[0]), max(requests[1], metrics[1]), read, written)
+    if reports_cost:
+        extra = _beyond(tokens, metrics, cell.metrics_cost, requests, cell.requests_cost)
+        return Worth(tokens, cell.metrics_cost + extra, min(cell.unpriced, sum(tokens) - sum(metrics)))
+    extra = _beyond(tokens, requests, cell.requests_cost, metrics, cell.metrics_cost)
+    unpriced = min(max(0, cell.metrics_unpriced - cell.unpriced), sum(tokens) - sum(requests))
+    return Worth(tokens, cell.requests_cost + extra, cell.unpriced + unpriced)
+
+
+def _beyond(tokens: Tokens, known: Tokens, known_cost: int, other: Tokens, other_cost: int) -> int:
+    """The cost of the tokens beyond `known`, out of what `other` cost."""
+    if tokens == known:
+        return 0
+    if tokens == other:
+        # The other side is all there is, so its cost is the whole; it never lowers what is known.
+        return max(0, other_cost - known_cost)
+    beyond = _weight(token - count for token, count in zip(tokens, known, strict=True))
+    return max(0, other_cost) * beyond // _weight(other)
+
+
+def _weight(tokens: Iterable[int]) -> int:
+    return sum(weight * count for weight, count in zip(_WEIGHTS, tokens, strict=True))
 
 
 def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
@@ -127,6 +148,8 @@ def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
         a.unpriced + sign * b.unpriced,
         _tokens(x + sign * y for x, y in zip(a.metrics, b.metrics, strict=True)),
         a.metrics_cost + sign * b.metrics_cost,
+        a.prompt + sign * b.prompt,
+        a.metrics_unpriced + sign * b.metrics_unpriced,
     )
 
 

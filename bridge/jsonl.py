@@ -11,6 +11,7 @@ the key, in blocks of 256 KiB to 1 MiB.
 """
 
 import re
+from collections.abc import Iterator
 
 MAX_LINE = 16 * 1024 * 1024
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -20,15 +21,15 @@ _COLON = re.compile(rb"[ \t\r]*:")
 class Lines:
     """The complete lines of one file that hold a key; `offset` is where the first line not yet complete begins.
 
-    `key` is the end of a JSON key with its closing quote, such as `b'output_tokens"'`: inside a string the quote would
-    have a backslash before it, so quoted JSON does not match. The longer the key, the faster the search.
+    Each of `keys` is the end of a JSON key with its closing quote, such as `b'output_tokens"'`: inside a string the
+    quote would have a backslash before it, so quoted JSON does not match. The longer and fewer, the faster the search.
     """
 
-    def __init__(self, key: bytes, *, offset: int = 0, limit: int = MAX_LINE) -> None:
+    def __init__(self, keys: tuple[bytes, ...], *, offset: int = 0, limit: int = MAX_LINE) -> None:
         self.offset = offset
         self.too_long = 0
         """Lines above the limit that were passed over, whatever they held."""
-        self._key = key
+        self._keys = keys
         self._limit = limit
         self._held: list[bytes] = []
         self._held_size = 0
@@ -57,22 +58,21 @@ class Lines:
         end = piece.rfind(b"\n", start) + 1
         if end:
             self.offset += end - start
-            while (position := self._find(piece, start, end)) >= 0:
-                start = piece.rfind(b"\n", start, position) + 1 or start
-                newline = piece.find(b"\n", position)
-                found.append(_clean(piece[start:newline]))
-                start = newline + 1
+            found += self._lines(piece, start, end)
         self._hold(piece[end or start :])
 
-    def _find(self, data: bytes, start: int, end: int) -> int:
-        """Where the key stands as a key, that is with a colon after it; -1 if nowhere."""
-        position = data.find(self._key, start, end)
-        while position >= 0:
-            after = position + len(self._key)
-            if data.startswith(b":", after, end) or _COLON.match(data, after, end):
-                break
-            position = data.find(self._key, after, end)
-        return position
+    def _lines(self, piece: bytes, start: int, end: int) -> Iterator[bytes]:
+        """The lines in a part of a piece, which begins and ends with a line's, that hold a key."""
+        places = {key: _find(key, piece, start, end) for key in self._keys}
+        while found := [place for place in places.values() if place >= 0]:
+            position = min(found)
+            start = piece.rfind(b"\n", start, position) + 1 or start
+            newline = piece.find(b"\n", position)
+            yield _clean(piece[start:newline])
+            start = newline + 1
+            for key, place in places.items():
+                if 0 <= place < start:
+                    places[key] = _find(key, piece, start, end)
 
     def _hold(self, part: bytes) -> None:
         self._held_size += len(part)
@@ -88,11 +88,22 @@ class Lines:
             self.too_long += 1
         else:
             line = b"".join((*self._held, rest))
-            if self._find(line, 0, size) >= 0:
+            if any(_find(key, line, 0, size) >= 0 for key in self._keys):
                 found.append(_clean(line))
         self.offset += size + 1
         self._held.clear()
         self._held_size = 0
+
+
+def _find(key: bytes, data: bytes, start: int, end: int) -> int:
+    """Where a key stands as a key, that is with a colon after it; -1 if nowhere."""
+    position = data.find(key, start, end)
+    while position >= 0:
+        after = position + len(key)
+        if data.startswith(b":", after, end) or _COLON.match(data, after, end):
+            break
+        position = data.find(key, after, end)
+    return position
 
 
 def _clean(line: bytes) -> bytes:

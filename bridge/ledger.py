@@ -23,8 +23,9 @@ import msgspec
 
 from bridge.bookkeeper import Bookkeeper, Change, LedgerSettings, Post
 from bridge.mark import Floors, Mark, Shown, series_name, state_of, write_mark
-from bridge.model import Batch, Exemplar, Kind, Observation, Receipt, Usage
+from bridge.model import Batch, DataPoint, Exemplar, Kind, Observation, Receipt, Usage
 from bridge.store import MetricRow, SeriesRow, Snapshot, Store, StoreUnavailable, TargetRow
+from bridge.tools import known
 from bridge.usage import Price, Survey, UsageBooks, UsageChange, no_price
 from bridge.usage_store import ModelRow, ServedRow, TranscriptRow
 
@@ -79,7 +80,7 @@ class Ledger:
         mark: Mark | None = None,
     ) -> None:
         self._store = store
-        self._usage = UsageBooks(store, price, normalise, hides_sessions=settings.hides_sessions)
+        self._usage = UsageBooks(store, price, normalise, known.REPORTING, hides_sessions=settings.hides_sessions)
         self._settings = settings
         self._clock_ms = clock_ms
         self._failed = failed
@@ -137,11 +138,11 @@ class Ledger:
         return gone
 
     async def post_transcript(
-        self, row: TranscriptRow, usages: tuple[Usage, ...], *, is_history: bool
+        self, row: TranscriptRow, usages: tuple[Usage, ...], points: tuple[DataPoint, ...], *, is_history: bool
     ) -> TranscriptRow:
         """Count what a transcript says, and remember how far it is read. Raises StoreUnavailable."""
         answer: asyncio.Future[Receipt] = self._loop.create_future()
-        self._queue.put(_Request(Post(Batch([], [], usages), b"", row, is_history), answer))
+        self._queue.put(_Request(Post(Batch(list(points), [], usages), b"", row, is_history), answer))
         await answer
         return row if row.id else row._replace(id=-1)
 

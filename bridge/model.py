@@ -219,6 +219,19 @@ class Usage(Struct, frozen=True):
         return self.cache_write_5m + self.cache_write_1h
 
 
+class UsageCell(NamedTuple):
+    """Where the points of a stream belong in the join: a tool's session and model, and what they count.
+
+    `kind` is input, output, cache_read or cache_write, whose tokens are disjoint; or `prompt`, all of a prompt, and
+    `cached`, what of it was read from a cache; or `usd`, the tool's own cost in nano-dollars.
+    """
+
+    tool: str
+    session: str
+    model: str
+    kind: str
+
+
 EventValue = str | int | float | bool
 
 

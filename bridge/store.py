@@ -109,7 +109,8 @@ create table cell (
     session integer not null, model integer not null, input integer not null, output integer not null,
     cache_read integer not null, cache_write integer not null, cost integer not null, unpriced integer not null,
     metric_input integer not null, metric_output integer not null, metric_cache_read integer not null,
-    metric_cache_write integer not null, metric_cost integer not null, primary key (session, model)
+    metric_cache_write integer not null, metric_cost integer not null, metric_prompt integer not null,
+    metric_unpriced integer not null, primary key (session, model)
 ) without rowid;
 create table truth (
     model integer primary key, input integer not null, output integer not null, cache_read integer not null,
@@ -117,7 +118,8 @@ create table truth (
     pool_input integer not null, pool_output integer not null, pool_cache_read integer not null,
     pool_cache_write integer not null, pool_cost integer not null, pool_unpriced integer not null,
     pool_metric_input integer not null, pool_metric_output integer not null, pool_metric_cache_read integer not null,
-    pool_metric_cache_write integer not null, pool_metric_cost integer not null
+    pool_metric_cache_write integer not null, pool_metric_cost integer not null, pool_metric_prompt integer not null,
+    pool_metric_unpriced integer not null
 );
 create table served (
     model integer not null, kind text not null, value integer not null, born integer not null, birth integer not null,
@@ -133,7 +135,7 @@ create table root (path text primary key, looked integer not null) without rowid
 create table transcript (
     id integer primary key, path text not null unique, device integer not null, inode integer not null,
     head blob not null, history integer not null, history_end integer not null, live integer not null,
-    origin integer not null
+    origin integer not null, state blob not null
 );
 """
 

@@ -16,7 +16,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -26,10 +26,10 @@ from typing import NamedTuple, TypeVar
 
 from bridge.jsonl import Lines
 from bridge.ledger import Ledger
-from bridge.model import Drop, Usage
+from bridge.model import DataPoint, Drop, Usage
 from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle, log
-from bridge.tools.claude_code import Transcripts
+from bridge.tools.tool import Transcripts
 from bridge.usage_store import TranscriptRow
 
 BLOCK = 512 * 2**10
@@ -51,6 +51,7 @@ class Chunk(NamedTuple):
 
     row: TranscriptRow
     usages: tuple[Usage, ...]
+    points: tuple[DataPoint, ...]
     refused: dict[Drop, int]
     too_long: int
     bytes_read: int
@@ -73,19 +74,15 @@ class Progress:
 
 
 class Follower:
-    """Follows the roots of one tool until it is cancelled. `sleep` waits for seconds or until something changed."""
+    """Follows roots, each with how its tool's transcripts are read, until it is cancelled."""
 
     def __init__(
-        self,
-        ledger: Ledger,
-        transcripts: Transcripts,
-        roots: Iterable[str],
-        telemetry: Telemetry,
-        throttle: Throttle,
+        self, ledger: Ledger, roots: Mapping[str, Transcripts], telemetry: Telemetry, throttle: Throttle
     ) -> None:
         self._ledger = ledger
-        self._tool = transcripts
-        self._roots = tuple(roots)
+        self._roots = dict(roots)
+        self._suffixes = tuple({suffix for tool in self._roots.values() for suffix in tool.suffixes})
+        self._tools: dict[str, Transcripts] = {}
         self._telemetry = telemetry
         self._throttle = throttle
         self._files: dict[str, TranscriptRow] = {}
@@ -131,6 +128,7 @@ class Follower:
     async def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """Watch the roots that exist, and scan them when it is time."""
         present = {root: found for root in self._roots if (found := _directory(root))}
+        self._tools = {f"{found.path}/": self._roots[root] for root, found in present.items()}
         watched = tuple(present.values())
         if self._watcher is None or self._watcher.directories != watched or self._watcher.is_stale:
             if self._watcher is not None:
@@ -148,11 +146,20 @@ class Follower:
     async def _scan(self, present: "dict[str, Directory]") -> None:
         known = await self._ledger.roots()
         for root in self._roots:
-            found = await self._in_reader(partial(_files, present[root].path)) if root in present else []
+            found = await self._in_reader(partial(self._files_below, present[root].path)) if root in present else []
             if root not in known:
                 await self._first_look(root, found)
             self._changed |= {path for path, size in found if self._is_news(path, size)}
         self._telemetry.transcript_files.set(len(self._files))
+
+    def _files_below(self, directory: str) -> list[tuple[str, int]]:
+        tool = self._tool_of(f"{directory}/")
+        return _files(directory, tool.suffixes) if tool else []
+
+    def _tool_of(self, path: str) -> Transcripts | None:
+        """The tool of the innermost root that a path is below."""
+        roots = [root for root in self._tools if path.startswith(root)]
+        return self._tools[max(roots, key=len)] if roots else None
 
     def _is_news(self, path: str, size: int) -> bool:
         row = self._files.get(path)
@@ -174,20 +181,26 @@ class Follower:
 
     async def _follow_changes(self) -> None:
         changed, self._changed = self._changed, set()
-        paths = {path for path in changed if path.endswith(".jsonl")}
+        paths = {path for path in changed if path.endswith(self._suffixes)}
         for directory in changed - paths:  # it may have had files before it was watched
-            found = await self._in_reader(partial(_files, directory))
+            found = await self._in_reader(partial(self._files_below, directory))
             paths |= {path for path, size in found if self._is_news(path, size)}
         # The oldest first: a fork that is read before what it copies would be served, and then be a copy.
         for path in await self._in_reader(lambda: sorted(paths, key=self._begun)):
             await self._follow(path)
 
     async def _follow(self, path: str) -> None:
+        tool = self._tool_of(path)
+        if tool is None or not path.endswith(tool.suffixes):
+            return
         more = True
         while more:
             row = self._files.get(path)
+            if row is not None and row.history < row.history_end and tool.is_sequential:
+                await self._read_history_of([row])
+                continue
             try:
-                chunk = await self._in_reader(partial(self._read_live, path, row))
+                chunk = await self._in_reader(partial(self._read_live, tool, path, row))
             except OSError as error:
                 if not isinstance(error, FileNotFoundError):
                     self._telemetry.transcript_errors.inc()
@@ -208,6 +221,10 @@ class Follower:
                 size += row.history_end - row.history
         if not rows:
             return await self._finish_history()
+        await self._read_history_of(rows)
+        return True
+
+    async def _read_history_of(self, rows: list[TranscriptRow]) -> None:
         chunks = await self._in_reader(lambda: [self._read_old_or_skip(row) for row in rows])
         await asyncio.gather(*(self._commit(chunk, is_history=True) for chunk in chunks))
         for chunk in chunks:
@@ -215,7 +232,6 @@ class Follower:
             self.progress.files_done += chunk.row.history >= chunk.row.history_end
         if text := self.progress.text:
             self._throttle.info("history", text)
-        return True
 
     async def _finish_history(self) -> bool:
         if self._has_history:
@@ -225,7 +241,7 @@ class Follower:
         return False
 
     async def _commit(self, chunk: Chunk, *, is_history: bool) -> None:
-        row = await self._ledger.post_transcript(chunk.row, chunk.usages, is_history=is_history)
+        row = await self._ledger.post_transcript(chunk.row, chunk.usages, chunk.points, is_history=is_history)
         self._files[row.path] = row
         self._telemetry.transcript_files.set(len(self._files))
         self._telemetry.transcript_bytes.inc(chunk.bytes_read)
@@ -247,7 +263,7 @@ class Follower:
             return _origin(os.pread(descriptor, 64 * 1024, 0), os.fstat(descriptor).st_mtime_ns), path
         return 0, path
 
-    def _read_live(self, path: str, row: TranscriptRow | None) -> Chunk | None:
+    def _read_live(self, tool: Transcripts, path: str, row: TranscriptRow | None) -> Chunk | None:
         """What was appended to a file; None if nothing was. A file that was replaced or cut is read from its start."""
         with _opened(path) as descriptor:
             found = os.fstat(descriptor)
@@ -259,7 +275,7 @@ class Follower:
                 )  # fmt: skip
             if found.st_size <= row.live:
                 return None
-            chunk = self._read(descriptor, row, row.live, found.st_size)
+            chunk = self._read(tool, descriptor, row, row.live, found.st_size)
             if chunk.row.live == row.live and row.id:
                 return None  # a line that is not complete yet
             if _head_size(row) < HEAD:
@@ -272,19 +288,23 @@ class Follower:
             if chunk := self._read_old(row):
                 return chunk
         self._changed.add(row.path)
-        return Chunk(row._replace(history=row.history_end), (), {}, 0, row.history_end - row.history, more=False)
+        return Chunk(row._replace(history=row.history_end), (), (), {}, 0, row.history_end - row.history, more=False)
 
     def _read_old(self, row: TranscriptRow) -> Chunk | None:
+        tool = self._tool_of(row.path)
+        if tool is None:
+            return None
         with _opened(row.path) as descriptor:
             if not _is_same(descriptor, os.fstat(descriptor), row):
                 return None
-            chunk = self._read(descriptor, row, row.history, row.history_end)
+            chunk = self._read(tool, descriptor, row, row.history, row.history_end)
             read_to = chunk.row.live if chunk.row.live > row.history else row.history_end
-            return chunk._replace(row=row._replace(history=min(read_to, row.history_end)))
+            return chunk._replace(row=row._replace(history=min(read_to, row.history_end), state=chunk.row.state))
 
-    def _read(self, descriptor: int, row: TranscriptRow, start: int, end: int) -> Chunk:
+    def _read(self, tool: Transcripts, descriptor: int, row: TranscriptRow, start: int, end: int) -> Chunk:
         """Up to CHUNK bytes of complete lines from `start`; the row's `live` is where they end."""
-        lines = Lines(self._tool.key, offset=start)
+        lines = Lines(tool.keys, offset=start)
+        reader = tool.reader(row.path, row.origin, row.state)
         usages: list[Usage] = []
         refused: dict[Drop, int] = {}
         position = start
@@ -294,13 +314,14 @@ class Follower:
                 break
             position += len(block)
             for line in lines.feed(block):
-                said = self._tool.read(line, row.origin)
+                said = reader.read(line)
                 if isinstance(said, Drop):
                     refused[said] = refused.get(said, 0) + 1
                 else:
                     usages += said
         more = position < end
-        return Chunk(row._replace(live=lines.offset), tuple(usages), refused, lines.too_long, position - start, more)
+        row = row._replace(live=lines.offset, state=reader.state)
+        return Chunk(row, tuple(usages), reader.gauges(), refused, lines.too_long, position - start, more)
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -322,7 +343,7 @@ def _directory(root: str) -> Directory | None:
     return None
 
 
-def _files(root: str) -> list[tuple[str, int]]:
+def _files(root: str, suffixes: tuple[str, ...]) -> list[tuple[str, int]]:
     """The transcripts below a root with their sizes; links and what cannot be read are left out."""
     found: list[tuple[str, int]] = []
     pending = [root]
@@ -331,7 +352,7 @@ def _files(root: str) -> list[tuple[str, int]]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
-                elif entry.name.endswith(".jsonl") and entry.is_file(follow_symlinks=False):
+                elif entry.name.endswith(suffixes) and entry.is_file(follow_symlinks=False):
                     with contextlib.suppress(OSError):
                         found.append((entry.path, entry.stat(follow_symlinks=False).st_size))
     return found

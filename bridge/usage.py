@@ -6,12 +6,12 @@ from there to the model's truth, and a served counter is the larger of what it w
 happens in the transaction of whoever calls; after a failed one, `load` reads everything again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from hashlib import blake2b
 from typing import NamedTuple
 
-from bridge.join import KINDS, Cell, Observed, Verdict, Worth, add_cells, add_worth, unite, worth
-from bridge.model import CostSource, Source, Usage
+from bridge.join import KINDS, Cell, Observed, Tokens, Verdict, Worth, add_cells, add_worth, unite, worth
+from bridge.model import CostSource, Source, Usage, UsageCell
 from bridge.otlp import redacted_text
 from bridge.store import Store
 from bridge.usage_store import (
@@ -34,8 +34,10 @@ MAX_CACHED = 10_000
 RECENT_MS = 600_000
 """History that is this new may still be told of by an event that was on its way at the first look."""
 HOUR_MS = 3_600_000
-METRIC_KINDS = (*KINDS, "usd")
 SERVED_KINDS = (*KINDS, "usd", "requests")
+
+ESTIMATED_TOKENS = 1_000
+"""Tokens that a metric's are priced by: a sum of many requests must not look like a long one."""
 
 Price = Callable[[Usage], int | None]
 Normalise = Callable[[str], str]
@@ -69,16 +71,21 @@ class Survey(NamedTuple):
 class UsageBooks:
     """Adds usage in the transaction of its caller. `price` gives nano-dollars or None, `normalise` a model's name.
 
+    `reporting` are the tools whose metrics tell of cost; what the metrics of others are worth is estimated.
     `hides_sessions`: requests' sessions are stored as what the metrics' decoder makes of a denied attribute.
     """
 
-    def __init__(self, store: Store, price: Price, normalise: Normalise, *, hides_sessions: bool = False) -> None:
+    def __init__(
+        self, store: Store, price: Price, normalise: Normalise, reporting: Set[str], *, hides_sessions: bool = False
+    ) -> None:
         self._store = UsageStore(store)
         self._price = price
         self._normalise = normalise
+        self._reporting = reporting
         self._hides_sessions = hides_sessions
         self._recent: dict[bytes, None] = {}
         self._models: dict[tuple[str, str], ModelRow] = {}
+        self._tools: dict[int, str] = {}
         self._truths: dict[int, TruthRow] = {}
         self._served: dict[tuple[int, str], ServedRow] = {}
         self._clear()
@@ -100,7 +107,8 @@ class UsageBooks:
         self._models = {(row.tool, row.name): row for row in self._store.models()}
         self._truths = self._store.truths()
         self._served = {(row.model, row.kind): row for row in self._store.served()}
-        unpriced = {model: _total(truth).unpriced for model, truth in self._truths.items()}
+        self._tools = {row.id: row.tool for row in self._models.values()}
+        unpriced = {model: self._total(model).unpriced for model in self._truths}
         return UsageChange(list(self._served.values()), list(self._models.values()), {}, unpriced)
 
     def survey(self) -> Survey:
@@ -110,13 +118,38 @@ class UsageBooks:
 
     # --- metrics ---
 
-    def add_metric(self, tool: str, session: str, model: str, kind: str, amount: int) -> None:
-        """Tokens of a kind, or nano-dollars (`usd`), that a metric reported."""
-        delta = Cell(metrics_cost=amount)
-        if kind != "usd":
-            index = KINDS.index(kind)
-            delta = Cell(metrics=tuple(amount if at == index else 0 for at in range(4)))  # type: ignore[arg-type]  # four
-        self._add_to_cell(self._session(tool, session), self._model(tool, model), delta)
+    def add_metric(self, cell: UsageCell, amount: int, time_ms: int) -> None:
+        """Tokens, or nano-dollars, that a metric reported. The time says which prices held."""
+        match cell.kind:
+            case "usd":
+                delta = Cell(metrics_cost=amount)
+            case "prompt":
+                delta = Cell(prompt=amount)
+            case "cached":
+                delta = Cell(metrics=(0, 0, amount, 0))
+            case kind:
+                delta = Cell(metrics=_of_kind(kind, amount))
+        if cell.tool not in self._reporting:
+            delta = self._estimated(delta, cell, amount, time_ms)
+        self._add_to_cell(self._session(cell.tool, cell.session), self._model(cell.tool, cell.model), delta)
+
+    def _estimated(self, delta: Cell, cell: UsageCell, amount: int, time_ms: int) -> Cell:
+        """The delta with what the table says that its tokens cost."""
+        match cell.kind:
+            case "prompt":
+                price = self._price_of(cell, "input", time_ms)
+            case "cached":  # the prompt's sum holds it at the price of input
+                cached, new = (self._price_of(cell, kind, time_ms) for kind in ("cache_read", "input"))
+                return delta if cached is None or new is None else _costing(delta, amount, cached - new)
+            case kind:
+                price = self._price_of(cell, kind, time_ms)
+        return delta._replace(metrics_unpriced=amount) if price is None else _costing(delta, amount, price)
+
+    def _price_of(self, cell: UsageCell, kind: str, time_ms: int) -> int | None:
+        counts = _of_kind(kind, ESTIMATED_TOKENS)
+        return self._price(
+            Usage(cell.tool, Source.EVENT, b"", cell.session, cell.model, time_ms, *counts[:3], counts[3], 0)
+        )
 
     # --- requests ---
 
@@ -259,14 +292,17 @@ class UsageBooks:
         self._dirty_cells.add((session.id, model))
         truth = self._truth(model)
         if session.has_metrics:
-            truth = truth._replace(own=add_worth(truth.own, add_worth(worth(new), worth(old), -1)))
+            gained = add_worth(self._worth(session.tool, new), self._worth(session.tool, old), -1)
+            truth = truth._replace(own=add_worth(truth.own, gained))
         else:
             truth = truth._replace(pool=add_cells(truth.pool, delta))
         self._truths[model] = truth
 
     def _note_sources(self, session: SessionRow, delta: Cell) -> SessionRow:
         """A session with metrics of its own leaves the pool of those without; all its cells move."""
-        has_metrics = session.has_metrics or (bool(session.name) and (any(delta.metrics) or delta.metrics_cost > 0))
+        has_metrics = session.has_metrics or (
+            bool(session.name) and (any(delta.metrics) or delta.prompt > 0 or delta.metrics_cost > 0)
+        )
         has_requests = session.has_requests or any(delta.requests)
         if (has_metrics, has_requests) == (session.has_metrics, session.has_requests):
             return session
@@ -275,16 +311,19 @@ class UsageBooks:
             cells.update({model: cell for (owner, model), cell in self._cells.items() if owner == session.id})
             for model, cell in cells.items():
                 truth = self._truth(model)
-                pool, own = add_cells(truth.pool, cell, -1), add_worth(truth.own, worth(cell))
+                pool, own = add_cells(truth.pool, cell, -1), add_worth(truth.own, self._worth(session.tool, cell))
                 self._truths[model] = truth._replace(pool=pool, own=own)
         session = session._replace(has_metrics=has_metrics, has_requests=has_requests)
         self._store.write_session(session)
         self._sessions[session.tool, session.name] = session
         return session
 
-    def touched(self) -> list[tuple[str, str, Cell]]:
+    def _worth(self, tool: str, cell: Cell) -> Worth:
+        return worth(cell, reports_cost=tool in self._reporting)
+
+    def touched(self) -> list[tuple[SessionRow, str, Cell]]:
         """The cells that changed since the last flush: session, model, cell."""
-        sessions = {row.id: row.name for row in self._sessions.values()}
+        sessions = {row.id: row for row in self._sessions.values()}
         models = {row.id: row.name for row in self._models.values()}
         return [(sessions[key[0]], models[key[1]], self._cells[key]) for key in self._dirty_cells]
 
@@ -294,9 +333,8 @@ class UsageBooks:
         self._store.write_truths((model, self._truths[model]) for model in self._dirty_truths)
         self._store.add_to_rollups((key, _as_sums(sums)) for key, sums in self._rollups.items() if any(sums))
         changed: list[ServedRow] = []
-        by_id = {row.id: row for row in self._models.values()}
         for model in self._dirty_truths:
-            for kind, worth_now in _values(self._truths[model]).items():
+            for kind, worth_now in self._values(model).items():
                 value = min(worth_now, MAX_INTEGER)
                 known = self._served.get((model, kind))
                 if value > (known.value if known else 0):
@@ -304,8 +342,8 @@ class UsageBooks:
                     self._served[model, kind] = row
                     changed.append(row)
         self._store.write_served(changed)
-        tools = {by_id[model].tool for model in self._dirty_truths}
-        unpriced = {model: _total(self._truths[model]).unpriced for model in self._dirty_truths}
+        tools = {self._tools[model] for model in self._dirty_truths}
+        unpriced = {model: self._total(model).unpriced for model in self._dirty_truths}
         models = list(self._models.values()) if self._dirty_truths else []
         change = UsageChange(changed, models, self._truth_of(tools), unpriced)
         self._begin()
@@ -317,10 +355,19 @@ class UsageBooks:
         """The truth of whole tools, by (tool, kind)."""
         totals: dict[tuple[str, str], int] = {}
         for row in self._models.values():
-            if row.tool in tools:
-                for kind, value in _values(self._truth(row.id)).items():
+            if row.tool in tools and row.id in self._truths:
+                for kind, value in self._values(row.id).items():
                     totals[row.tool, kind] = totals.get((row.tool, kind), 0) + value
         return totals
+
+    def _total(self, model: int) -> Worth:
+        truth = self._truths[model]
+        return add_worth(truth.own, self._worth(self._tools[model], truth.pool))
+
+    def _values(self, model: int) -> dict[str, int]:
+        total = self._total(model)
+        tokens = dict(zip(KINDS, total.tokens, strict=True))
+        return {**tokens, "usd": total.cost, "requests": self._truths[model].requests}
 
     # --- lookups ---
 
@@ -353,6 +400,7 @@ class UsageBooks:
             if len(self._models) >= MAX_MODELS and name != "other":
                 return self._model(tool, "other")
             row = self._models[tool, name] = self._store.add_model(tool, name)
+            self._tools[row.id] = tool
         return row.id
 
     def _label(self, text: str) -> int | None:
@@ -397,10 +445,12 @@ def _as_sums(counts: list[int]) -> Sums:
     return requests, first, output, read, short, long, cost, unpriced
 
 
-def _total(truth: TruthRow) -> Worth:
-    return add_worth(truth.own, worth(truth.pool))
+def _of_kind(kind: str, amount: int) -> Tokens:
+    """Tokens of one kind alone."""
+    first, second, third, fourth = (amount if name == kind else 0 for name in KINDS)
+    return first, second, third, fourth
 
 
-def _values(truth: TruthRow) -> dict[str, int]:
-    total = _total(truth)
-    return {**dict(zip(KINDS, total.tokens, strict=True)), "usd": total.cost, "requests": truth.requests}
+def _costing(delta: Cell, amount: int, price: int) -> Cell:
+    """The delta with the cost of its tokens; `price` is that of ESTIMATED_TOKENS."""
+    return delta._replace(metrics_cost=amount * price // ESTIMATED_TOKENS)

@@ -86,7 +86,10 @@ class ServedRow(NamedTuple):
 
 
 class TranscriptRow(NamedTuple):
-    """One file: which it is, how far its history [0, history_end) and its live rest are read, and when it was begun."""
+    """One file: which it is, how far its history [0, history_end) and its live rest are read, and when it was begun.
+
+    `state` is what its reader has to remember of the lines before.
+    """
 
     id: int
     path: str
@@ -97,6 +100,7 @@ class TranscriptRow(NamedTuple):
     history_end: int
     live: int
     origin: int
+    state: bytes = b""
 
 
 class RollupKey(NamedTuple):
@@ -283,7 +287,7 @@ class UsageStore:
 
     def write_cells(self, cells: Iterable[tuple[int, int, Cell]]) -> None:
         self._store.executemany(
-            f"insert or replace into cell values ({', '.join('?' * 13)})",
+            f"insert or replace into cell values ({', '.join('?' * 15)})",
             ((session, model, *_bounded(_flat(cell))) for session, model, cell in cells),
         )
 
@@ -293,7 +297,7 @@ class UsageStore:
 
     def write_truths(self, truths: Iterable[tuple[int, TruthRow]]) -> None:
         self._store.executemany(
-            f"insert or replace into truth values ({', '.join('?' * 19)})",
+            f"insert or replace into truth values ({', '.join('?' * 21)})",
             (
                 (model, *_bounded((*row.own.tokens, row.own.cost, row.own.unpriced, row.requests, *_flat(row.pool))))
                 for model, row in truths
@@ -310,7 +314,7 @@ class UsageStore:
         """Tokens of all cells, as requests and as metrics add up to them."""
         sql = (
             "select sum(input + output + cache_read + cache_write),"
-            " sum(metric_input + metric_output + metric_cache_read + metric_cache_write) from cell"
+            " sum(metric_output + max(metric_prompt, metric_input + metric_cache_read + metric_cache_write)) from cell"
         )
         row = self._store.execute(sql).fetchone()
         return int(row[0] or 0), int(row[1] or 0)
@@ -340,10 +344,11 @@ class UsageStore:
     def write_transcript(self, row: TranscriptRow) -> TranscriptRow:
         """Insert or replace by path; the result has its id."""
         self._store.execute(
-            "insert into transcript (path, device, inode, head, history, history_end, live, origin)"
-            " values (?, ?, ?, ?, ?, ?, ?, ?) on conflict (path) do update set device = excluded.device,"
+            "insert into transcript (path, device, inode, head, history, history_end, live, origin, state)"
+            " values (?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict (path) do update set device = excluded.device,"
             " inode = excluded.inode, head = excluded.head, history = excluded.history,"
-            " history_end = excluded.history_end, live = excluded.live, origin = excluded.origin",
+            " history_end = excluded.history_end, live = excluded.live, origin = excluded.origin,"
+            " state = excluded.state",
             (_path(row.path), *row[2:]),
         )
         (row_id,) = self._store.execute("select id from transcript where path = ?", (_path(row.path),)).fetchone()
@@ -365,7 +370,7 @@ def _path(path: str) -> str | bytes:
 
 
 def _cell(row: tuple[Any, ...]) -> Cell:
-    return Cell(tuple(row[:4]), row[4], row[5], tuple(row[6:10]), row[10])
+    return Cell(tuple(row[:4]), row[4], row[5], tuple(row[6:10]), *row[10:])
 
 
 def _bounded(numbers: Iterable[int]) -> Iterator[int]:
@@ -374,4 +379,4 @@ def _bounded(numbers: Iterable[int]) -> Iterator[int]:
 
 
 def _flat(cell: Cell) -> tuple[int, ...]:
-    return (*cell.requests, cell.requests_cost, cell.unpriced, *cell.metrics, cell.metrics_cost)
+    return (*cell.requests, cell.requests_cost, cell.unpriced, *cell.metrics, *cell[4:])

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 
 from bridge.jsonl import Lines
-from bridge.model import Drop, Source, Usage
+from bridge.model import Drop, Event, Resource, Source, Usage
 from bridge.otlp import CONTENT_KEYS
-from bridge.tools.claude_code import EVENT_KEYS, TRANSCRIPTS, read_event, read_line
+from bridge.tools.claude_code import EVENT_KEYS, read_event
+from bridge.tools.claude_code_lines import TRANSCRIPTS, read_line
 from tests.recordings import EXPECTED, RUNS
 from tests.transcript_tree import Case, Request, Truth, edge_cases, progress, response, write_edge_cases, write_tree
 
@@ -24,7 +25,7 @@ LAWS = settings(derandomize=True, deadline=None, max_examples=300)
 
 def usages(content: bytes, order: int = 0) -> tuple[list[Usage], list[Drop]]:
     """All that a file says, repeats included, and why lines of it were refused."""
-    lines = Lines(TRANSCRIPTS.key)
+    lines = Lines(TRANSCRIPTS.keys)
     read = [read_line(line, order) for line in lines.feed(content)]
     found = [usage for result in read if not isinstance(result, Drop) for usage in result]
     return found, [result for result in read if isinstance(result, Drop)]
@@ -304,9 +305,13 @@ EVENT: dict[str, Any] = {
 }
 
 
+def told(name: str, attributes: dict[str, Any], time_ms: int = 0) -> Event:
+    return Event(name, attributes, time_ms * 10**6, Resource())
+
+
 def event(**changes: Any) -> Usage:
-    kept = {key: value for key, value in {**EVENT, **changes}.items() if value is not None}
-    usage = read_event("api_request", kept, "s1", "u1", 99)
+    given = {**EVENT, "session.id": "s1", "user.id": "u1", **changes}
+    usage = read_event(told("api_request", {key: value for key, value in given.items() if value is not None}, 99))
     assert isinstance(usage, Usage)
     return usage
 
@@ -360,17 +365,17 @@ def test_an_event_is_known_by_the_best_that_it_has() -> None:
     ],
 )
 def test_events_are_refused_as_lines_are(value: Any, reason: Drop) -> None:
-    assert read_event("api_request", {**EVENT, "output_tokens": value}, "s", "", 0) is reason
+    assert read_event(told("api_request", {**EVENT, "output_tokens": value})) is reason
 
 
 @LAWS
 @given(st.dictionaries(st.sampled_from(sorted(EVENT_KEYS["api_request"])), st.text() | st.integers() | st.floats()))
 def test_any_event_is_read_or_refused(attributes: dict[str, Any]) -> None:
-    assert isinstance(read_event("api_request", attributes, "s", "", 0), Usage | Drop)
+    assert isinstance(read_event(told("api_request", attributes)), Usage | Drop)
 
 
 def test_other_events_are_no_requests() -> None:
-    assert read_event("api_error", EVENT, "s", "", 0) is None
+    assert read_event(told("api_error", EVENT)) is None
 
 
 def test_no_attribute_with_content_may_leave_the_decoder() -> None:
@@ -387,9 +392,9 @@ def recorded_events(run: str) -> list[Usage]:
             for record in (record for scope in resource.scope_logs for record in scope.log_records):
                 values = {item.key: item.value for item in record.attributes}
                 fields = {key: getattr(value, value.WhichOneof("value") or "") for key, value in values.items()}
-                name, session = fields["event.name"], fields["session.id"]
+                name = fields["event.name"]
                 kept = {key: fields[key] for key in EVENT_KEYS.get(name, ()) if key in fields}
-                usage = read_event(name, kept, session, "", record.time_unix_nano // 10**6)
+                usage = read_event(Event(name, kept, record.time_unix_nano, Resource()))
                 found += [usage] if isinstance(usage, Usage) else []
     return found
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.join import KINDS, Cell, Observed, Tokens, add_cells, unite, worth
-from bridge.model import Source, Usage
+from bridge.join import KINDS, Cell, Observed, Tokens, Worth, add_cells, unite, worth
+from bridge.model import Source, Usage, UsageCell
 from bridge.pricing import normalise_model
 from bridge.store import Store
 from bridge.usage import UsageBooks
@@ -80,30 +80,53 @@ def test_as_many_are_paired_as_can_be_and_none_is_lost(rows: list[Observed]) -> 
 
 COUNT = st.integers(0, 10**6)
 TOKENS: st.SearchStrategy[Tokens] = st.tuples(COUNT, COUNT, COUNT, COUNT)
-CELLS = st.builds(Cell, TOKENS, COUNT, st.just(0), TOKENS, COUNT)
+CELLS = st.builds(Cell, TOKENS, COUNT, st.just(0), TOKENS, COUNT, st.just(0), st.just(0))
+PROMPTS = st.builds(Cell, TOKENS, COUNT, COUNT, TOKENS, COUNT, COUNT, COUNT)
+"""As tools tell that report no cost: prompts as a whole, and estimates."""
 
 
-@given(CELLS, CELLS)
-def test_worth_is_monotone_in_tokens_and_never_below_a_source(cell: Cell, more: Cell) -> None:
-    before, after = worth(cell), worth(add_cells(cell, more))
-    assert all(x <= y for x, y in zip(before.tokens, after.tokens, strict=True))
-    assert all(x >= y for x, y in zip(before.tokens, cell.requests, strict=True))
-    assert all(x >= y for x, y in zip(before.tokens, cell.metrics, strict=True))
-    assert before.cost >= cell.metrics_cost
+@given(CELLS, CELLS, st.booleans())
+def test_worth_is_monotone_in_tokens(cell: Cell, more: Cell, reports_cost: bool) -> None:
+    before, after = (worth(one, reports_cost=reports_cost).tokens for one in (cell, add_cells(cell, more)))
+    assert all(x <= y for x, y in zip(before, after, strict=True))
 
 
-@given(CELLS, COUNT, COUNT)
-def test_worth_is_monotone_in_cost(cell: Cell, requests: int, metrics: int) -> None:
-    assert worth(cell._replace(requests_cost=cell.requests_cost + requests)).cost >= worth(cell).cost
-    assert worth(cell._replace(metrics_cost=cell.metrics_cost + metrics)).cost >= worth(cell).cost
+@given(CELLS | PROMPTS, st.booleans())
+def test_worth_is_never_below_a_source(cell: Cell, reports_cost: bool) -> None:
+    tokens, cost, _ = worth(cell, reports_cost=reports_cost)
+    assert all(x >= y for x, y in zip(tokens, cell.requests, strict=True))
+    assert all(x >= y for x, y in zip(tokens, cell.metrics, strict=True))
+    assert tokens[0] + tokens[2] + tokens[3] >= cell.prompt
+    assert cost >= (cell.metrics_cost if reports_cost else cell.requests_cost)
 
 
-@given(CELLS)
-def test_a_source_alone_is_worth_what_it_says(cell: Cell) -> None:
+@given(CELLS | PROMPTS, COUNT, COUNT, st.booleans())
+def test_worth_is_monotone_in_cost(cell: Cell, requests: int, metrics: int, reports_cost: bool) -> None:
+    cost = worth(cell, reports_cost=reports_cost).cost
+    more = (
+        cell._replace(requests_cost=cell.requests_cost + requests),
+        cell._replace(metrics_cost=cell.metrics_cost + metrics),
+    )
+    assert all(worth(one, reports_cost=reports_cost).cost >= cost for one in more)
+
+
+@given(CELLS, st.booleans())
+def test_a_source_alone_is_worth_what_it_says(cell: Cell, reports_cost: bool) -> None:
     requests = Cell(cell.requests, cell.requests_cost if any(cell.requests) else 0)
-    assert worth(requests)[:2] == requests[:2]
-    metrics = Cell(metrics=cell.metrics, metrics_cost=cell.metrics_cost)
-    assert worth(metrics)[:2] == metrics[3:]
+    assert worth(requests, reports_cost=reports_cost)[:2] == requests[:2]
+    metrics = Cell(metrics=cell.metrics, metrics_cost=cell.metrics_cost if any(cell.metrics) else 0)
+    assert worth(metrics, reports_cost=reports_cost)[:2] == metrics[3:5]
+
+
+def test_prompts_are_divided_by_what_is_known_of_them() -> None:
+    told = Cell(metrics=(0, 7, 30, 0), metrics_cost=500, prompt=100)
+    assert worth(told, reports_cost=False) == Worth((70, 7, 30, 0), 500)
+    complete = told._replace(requests=(60, 7, 30, 10), requests_cost=480)
+    assert worth(complete, reports_cost=False) == Worth((60, 7, 30, 10), 480)
+    a_request_lost = told._replace(requests=(20, 7, 10, 10), requests_cost=200)
+    assert worth(a_request_lost, reports_cost=False).tokens == (60, 7, 30, 10)
+    a_metric_lost = complete._replace(prompt=50, metrics=(0, 3, 20, 0))
+    assert worth(a_metric_lost, reports_cost=False) == Worth((60, 7, 30, 10), 480)
 
 
 # --- stories ---------------------------------------------------------------------------------------------------
@@ -204,7 +227,7 @@ class Books:
         directory.mkdir()
         self.store = Store(directory)
         self.store.open(0)
-        self.books = UsageBooks(self.store, price, normalise_model)
+        self.books = UsageBooks(self.store, price, normalise_model, {TOOL})
         self.books.load()
         self.served: dict[tuple[int, str], int] = {}
 
@@ -214,14 +237,15 @@ class Books:
                 if isinstance(one, Usage):
                     self.books.add(one)
                 else:
-                    self.books.add_metric(TOOL, *one)
+                    session, model, kind, amount = one
+                    self.books.add_metric(UsageCell(TOOL, session, model, kind), amount, 0)
             change = self.books.flush(1, 1)
         for row in change.served:
             assert row.value >= self.served.get((row.model, row.kind), 0)
             self.served[row.model, row.kind] = row.value
 
     def restart(self) -> None:
-        self.books = UsageBooks(self.store, price, normalise_model)
+        self.books = UsageBooks(self.store, price, normalise_model, {TOOL})
         assert {(row.model, row.kind): row.value for row in self.books.load().served} == self.served
 
     def select(self, sql: str) -> list[tuple[Any, ...]]:

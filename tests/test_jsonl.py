@@ -17,7 +17,7 @@ LAWS = settings(derandomize=True, deadline=None, max_examples=300)
 
 def read(content: bytes, *cuts: int, offset: int = 0, limit: int = 100) -> tuple[list[bytes], int, int]:
     """Lines, offset and number of lines too long, of content cut at these places."""
-    lines = Lines(KEY, offset=offset, limit=limit)
+    lines = Lines((KEY,), offset=offset, limit=limit)
     places = [0, *sorted(cut for cut in cuts if cut < len(content)), len(content)]
     found = [line for start, end in pairwise(places) for line in lines.feed(content[start:end])]
     assert lines.position == offset + len(content)
@@ -91,7 +91,7 @@ def test_reading_goes_on_at_the_offset(content: bytes, cut: int) -> None:
 
 def test_a_line_of_any_length_takes_bounded_memory() -> None:
     block = b"x" * 65536
-    lines = Lines(KEY, limit=1_000_000)
+    lines = Lines((KEY,), limit=1_000_000)
     tracemalloc.start()
     for _ in range(1000):
         assert not lines.feed(block)
@@ -100,3 +100,10 @@ def test_a_line_of_any_length_takes_bounded_memory() -> None:
     assert peak < 2_500_000
     assert lines.feed(b"\n" + LINE + b"\n") == [LINE]
     assert (lines.too_long, lines.offset) == (1, 65_536_000 + 14)
+
+
+@LAWS
+@given(st.lists(st.sampled_from([b'{"tokens":1}', b'{"other":2}', b'{"turn":3}', b'{"turn":{"tokens":1}}', b""])))
+def test_several_keys_find_the_lines_of_each_in_their_order(parts: list[bytes]) -> None:
+    lines = Lines((KEY, b'turn"'))
+    assert lines.feed(b"".join(part + b"\n" for part in parts)) == [part for part in parts if part[2:3] == b"t"]

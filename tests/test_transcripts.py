@@ -24,7 +24,7 @@ from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import Ledger
 from bridge.store import Store
 from bridge.telemetry import Telemetry, Throttle
-from bridge.tools.claude_code import TRANSCRIPTS
+from bridge.tools.claude_code_lines import TRANSCRIPTS
 from bridge.transcripts import Follower
 from tests.daemon import Daemon
 from tests.recordings import delta_body, own_metric
@@ -727,7 +727,7 @@ async def follow_on(disk: FailingCommits, state: Path, root: Path, at_once: int)
     ledger = Ledger(Store(state, connect=watched(disk)), LedgerSettings(), lambda: time.time_ns() // 10**6, fail)
     await ledger.start()
     throttle = Throttle(time.monotonic)
-    follower = Follower(ledger, TRANSCRIPTS, [str(root)], Telemetry(time.time, throttle), throttle)
+    follower = Follower(ledger, {str(root): TRANSCRIPTS}, Telemetry(time.time, throttle), throttle)
     task = asyncio.create_task(follower.run())
     try:
         async with asyncio.timeout(PATIENCE):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from bridge.join import KINDS, Tokens
-from bridge.model import Source, Usage
+from bridge.model import Source, Usage, UsageCell
 from bridge.pricing import normalise_model
 from bridge.store import Store
 from bridge.usage import UsageBooks
@@ -144,7 +144,7 @@ def simulate(made: list[Request], scenario: Scenario, seed: int, directory: Path
     store = Store(directory, connect=unsynced)
     store.open(0)
     with closing(store):
-        books = UsageBooks(store, price, normalise_model)
+        books = UsageBooks(store, price, normalise_model, {TOOL})
         books.load()
         served: dict[tuple[int, str], int] = {}
         truth: dict[str, int] = {}
@@ -177,7 +177,7 @@ def measured(session: str, export: dict[tuple[str, str], int]) -> Callable[[Usag
     def tell(books: UsageBooks) -> None:
         for (model, kind), amount in export.items():
             if amount:
-                books.add_metric(TOOL, session, model, kind, amount)
+                books.add_metric(UsageCell(TOOL, session, model, kind), amount, 0)
 
     return tell
 

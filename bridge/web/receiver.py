@@ -24,7 +24,7 @@ from bridge.model import DROP_TEXT, Batch, Drop, Receipt, Refusal
 from bridge.otlp import Encoding, Signal
 from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle
-from bridge.tools import claude_code
+from bridge.tools import known
 from bridge.web.server import Refused, Routes, response
 
 BUDGET_BYTES = 32 * 2**20
@@ -49,7 +49,7 @@ class Receiver:
         self._telemetry = telemetry
         self._throttle = throttle
         self._content_keys = otlp.CONTENT_KEYS.union(config.labels.deny)
-        self._event_keys = claude_code.event_keys(frozenset(config.labels.deny))
+        self._event_keys = known.event_keys(frozenset(config.labels.deny))
         self._in_flight = 0
         self._points = 0
         self._decoder = ThreadPoolExecutor(1, "decode")
@@ -185,7 +185,7 @@ class Receiver:
             self._telemetry.note_export(records.service, signal.value)
         refused: tuple[Refusal, ...] = ()
         if records.events:
-            usages, points, wrong = claude_code.read_events(records.events)
+            usages, points, wrong = known.read_events(records.events)
             refused = (await self._post(Batch(points, wrong, tuple(usages)), body)).refused
             for refusal in refused:
                 self._telemetry.dropped.labels(refusal.reason.value).inc()

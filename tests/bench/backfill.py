@@ -27,7 +27,8 @@ from bridge import pricing, transcripts
 from bridge.model import Usage
 from bridge.pricing import normalise_model
 from bridge.store import Store
-from bridge.tools.claude_code import TRANSCRIPTS
+from bridge.tools import known
+from bridge.tools.claude_code_lines import TRANSCRIPTS
 from bridge.usage import UsageBooks
 from tests.daemon import Daemon
 from tests.transcript_tree import START_MS, list_price, write_tree
@@ -121,8 +122,9 @@ def best(runs: list[Run]) -> Run:
 def profile(tree: Path) -> None:
     """Where the time goes: reading all files, then storing what they said."""
     follower = transcripts.Follower.__new__(transcripts.Follower)
-    follower._tool = TRANSCRIPTS
-    rows = [row for path, _ in transcripts._files(str(tree / "projects")) if (row := transcripts._first_row(path))]
+    follower._tools = {f"{tree}/projects/": TRANSCRIPTS}
+    found = transcripts._files(str(tree / "projects"), TRANSCRIPTS.suffixes)
+    rows = [row for path, _ in found if (row := transcripts._first_row(path))]
     chunks: list[transcripts.Chunk] = []
 
     def read() -> None:
@@ -141,7 +143,7 @@ def profile(tree: Path) -> None:
     with tempfile.TemporaryDirectory() as directory:
         store = Store(Path(directory))
         store.open(START_MS)
-        books = UsageBooks(store, cost, normalise_model)
+        books = UsageBooks(store, cost, normalise_model, known.REPORTING)
         books.load()
 
         def write() -> None:

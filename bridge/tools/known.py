@@ -1,0 +1,53 @@
+"""The tools that are known: whose telemetry is whose, and what it says of usage.
+
+Law: this is the only list of tools. Each module says what its tool's names mean, and nothing here does.
+"""
+
+from collections.abc import Iterable, Set
+
+from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Refusal, Usage, UsageCell
+from bridge.tools import claude_code, claude_code_lines
+from bridge.tools.tool import Quantity, Transcripts
+
+TRANSCRIPTS: dict[str, Transcripts] = {claude_code.TOOL: claude_code_lines.TRANSCRIPTS}
+"""By tool, in the order in which they are looked at."""
+REPORTING = frozenset({claude_code.TOOL})
+"""Tools whose metrics tell of cost."""
+EVENT_KEYS = claude_code.EVENT_KEYS
+"""The events that are asked for anything, and the attributes of them that may leave the decoder."""
+SESSION_KEYS = frozenset({"session.id"})
+"""Attributes that name a tool's session, by which sources are joined."""
+_METRICS = {"claude_code": claude_code}
+"""By the first part of a metric's name."""
+
+
+def quantity(metric: Metric) -> Quantity | None:
+    """How a metric is counted exactly; None where its values stay as sent."""
+    module = _METRICS.get(metric.name.partition(".")[0])
+    return module.QUANTITIES.get(metric.name) if module and metric.kind is Kind.COUNTER else None
+
+
+def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
+    """What a point of this metric tells of usage; None if it tells of none."""
+    module = _METRICS.get(metric.name.partition(".")[0])
+    return module.usage_cell(metric, attributes) if module else None
+
+
+def event_keys(denied: Set[str]) -> dict[str, frozenset[str]]:
+    """EVENT_KEYS without what is denied, but for sessions: sources are joined by them, so the ledger replaces them."""
+    return {name: keys - (denied - SESSION_KEYS) for name, keys in EVENT_KEYS.items()}
+
+
+def read_events(events: Iterable[Event]) -> tuple[list[Usage], list[DataPoint], list[Refusal]]:
+    """What events tell: API requests, points of counters and histograms, and requests that had to be refused."""
+    usages: list[Usage] = []
+    points: list[DataPoint] = []
+    refused: list[Refusal] = []
+    for event in events:
+        usage = claude_code.read_event(event)
+        if isinstance(usage, Drop):
+            refused.append(Refusal(usage, f"{claude_code.TOOL}.{event.name}"))
+        elif usage is not None:
+            usages.append(usage)
+        points += claude_code.event_points(event)
+    return usages, points, refused
