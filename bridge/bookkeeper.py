@@ -341,21 +341,22 @@ class Bookkeeper:
             known = self._is_known(stream.row, point)
             if known is not False:
                 return known if isinstance(known, Drop) else False
-        self._count(origin, stream, value, point.time)
+        self._count(origin, stream, value, point)
         return True
 
-    def _count(self, origin: _Origin, stream: _Stream, amount: Value, time: int) -> None:
+    def _count(self, origin: _Origin, stream: _Stream, amount: Value, point: DataPoint) -> None:
         """Add to the series, and to what is joined or shown to XRG."""
         cell = stream.cell
         if cell is not None and self._settings.source == "transcripts":
             if cell.tool == claude_code.TOOL:  # transcripts feed these
                 return
             cell = None
-        self._add(origin, stream, amount, time)
+        self._add(origin, stream, amount, point.time)
         if stream.total is not None and isinstance(amount, int) and amount:
             self._set_total(stream.total, self._totals.get(stream.total, 0) + amount)
         if cell is not None and (tokens := _whole(amount)):
-            self._usage.add_metric(cell, tokens, (time // 1_000_000) or self._now)
+            time_ms = point.time // 1_000_000 or self._now
+            self._usage.add_metric(cell, tokens, time_ms, point.start // 1_000_000 or time_ms)
 
     def _feed_from_transcripts(self) -> None:
         """With transcripts as the only source, they feed the tool's own families; OTLP stays out of those."""
@@ -419,7 +420,7 @@ class Bookkeeper:
         if after == run:
             return False
         self._books.runs[key] = self._runs[key] = after
-        self._count(origin, stream, amount, point.time)
+        self._count(origin, stream, amount, point)
         return True
 
     def _run_of(self, stream: int, value: Value, point: DataPoint) -> tuple[tuple[int, int, int], Run | None]:

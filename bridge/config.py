@@ -103,7 +103,7 @@ DESCRIPTIONS = {
     "created_series": "add _created samples to OpenMetrics; Prometheus stores each as a series of its own",
     "source": "what is counted: auto joins metrics, events and transcripts; otlp and transcripts take one alone",
     "transcripts": "follow the transcripts of tools",
-    "history_days": "how long single API requests are kept; hourly sums stay for ever",
+    "history_days": "how long single API requests are kept; sums by quarter of an hour stay for ever",
     "prices": "your own prices by model, in US dollars per million tokens",
     "labels.promote": "resource attributes that become labels of every series",
     "labels.drop": "attributes that are no labels; the values of series that become one are added up",

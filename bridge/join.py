@@ -7,7 +7,9 @@ model, token type) is the larger of that and of what the metrics add up to. Ever
 of what was seen, never on the order in which it came.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from heapq import merge
+from operator import itemgetter
 from typing import NamedTuple
 
 from bridge.model import Source
@@ -86,7 +88,9 @@ class Cell(NamedTuple):
     """What the sources say of one session (or of all without metrics of their own) and one model.
 
     Costs in nano-dollars; `unpriced` counts tokens of requests whose cost nobody knows, `metrics_unpriced` those of
-    metrics. `prompt` is what metrics tell of prompts as a whole: what was read from caches is among it.
+    metrics. `prompt` is what metrics tell of prompts as a whole: what was read from caches is among it. `covered` are
+    requests of history that were made while the metrics already counted: never served, but the reports must not add
+    both up.
     """
 
     requests: Tokens = NO_TOKENS
@@ -96,6 +100,9 @@ class Cell(NamedTuple):
     metrics_cost: int = 0
     prompt: int = 0
     metrics_unpriced: int = 0
+    covered: Tokens = NO_TOKENS
+    covered_cost: int = 0
+    covered_unpriced: int = 0
 
 
 class Worth(NamedTuple):
@@ -140,6 +147,55 @@ def _weight(tokens: Iterable[int]) -> int:
     return sum(weight * count for weight, count in zip(_WEIGHTS, tokens, strict=True))
 
 
+def has_metrics(cell: Cell) -> bool:
+    """Whether metrics say anything of a cell."""
+    return any(cell.metrics) or cell.metrics_cost != 0 or cell.prompt != 0
+
+
+def beyond(cell: Cell, *, reports_cost: bool = True) -> Worth:
+    """What the metrics of a cell add to its requests, those of history that they cover included.
+
+    Tokens are never negative. The cost is where a metric says less than the requests do.
+    """
+    if not has_metrics(cell):
+        return Worth()
+    requests = Worth(cell.requests, cell.requests_cost, cell.unpriced)
+    told = add_worth(requests, Worth(cell.covered, cell.covered_cost, cell.covered_unpriced))
+    whole = cell._replace(requests=told.tokens, requests_cost=told.cost, unpriced=told.unpriced)
+    return add_worth(worth(whole, reports_cost=reports_cost), told, -1)
+
+
+def settle(entries: Iterable[tuple[int, Worth]], changes: Mapping[int, Worth]) -> dict[int, Worth]:
+    """Where changes of what metrics add to a cell are booked, by time; `entries` are what is booked, the latest first.
+
+    What is added stands at its own time. What is taken away, since a request now tells of it, is taken from the latest
+    entries that have it; what none has, as a cost that proves to be lower, stands at the time of the last change.
+    """
+    added = {time: [max(0, number) for number in _numbers(change)] for time, change in changes.items()}
+    owed = [sum(min(0, number) for number in numbers) for numbers in zip(*map(_numbers, changes.values()), strict=True)]
+    booked = {time: list(numbers) for time, numbers in added.items()}
+    newest_first = sorted(((time, numbers) for time, numbers in added.items()), reverse=True)
+    told = ((time, _numbers(entry)) for time, entry in entries)
+    for time, numbers in merge(newest_first, told, key=itemgetter(0), reverse=True) if any(owed) else ():
+        taken = [max(debt, -max(0, number)) for debt, number in zip(owed, numbers, strict=True)]
+        if any(taken):
+            old = booked.get(time, [0] * len(taken))
+            booked[time] = [number + part for number, part in zip(old, taken, strict=True)]
+            owed = [debt - part for debt, part in zip(owed, taken, strict=True)]
+        if not any(owed):
+            break
+    last = max(changes)
+    booked[last] = [number + debt for number, debt in zip(booked[last], owed, strict=True)]
+    return {
+        time: Worth((first, output, read, written), cost, unpriced)
+        for time, (first, output, read, written, cost, unpriced) in booked.items()
+    }
+
+
+def _numbers(worth: Worth) -> list[int]:
+    return [*worth.tokens, worth.cost, worth.unpriced]
+
+
 def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
     """a + sign * b."""
     return Cell(
@@ -150,6 +206,9 @@ def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
         a.metrics_cost + sign * b.metrics_cost,
         a.prompt + sign * b.prompt,
         a.metrics_unpriced + sign * b.metrics_unpriced,
+        _tokens(x + sign * y for x, y in zip(a.covered, b.covered, strict=True)),
+        a.covered_cost + sign * b.covered_cost,
+        a.covered_unpriced + sign * b.covered_unpriced,
     )
 
 

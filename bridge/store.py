@@ -101,7 +101,7 @@ create index usage_group on usage (session, model, input, cache_read) where not 
 create table usage_key (key blob primary key) without rowid;
 create table session (
     id integer primary key, tool text not null, name text not null, has_metrics integer not null,
-    has_requests integer not null, unique (tool, name)
+    has_requests integer not null, since integer not null, project integer, unique (tool, name)
 );
 create table model (id integer primary key, tool text not null, name text not null, unique (tool, name));
 create table label (id integer primary key, text text not null unique);
@@ -110,7 +110,9 @@ create table cell (
     cache_read integer not null, cache_write integer not null, cost integer not null, unpriced integer not null,
     metric_input integer not null, metric_output integer not null, metric_cache_read integer not null,
     metric_cache_write integer not null, metric_cost integer not null, metric_prompt integer not null,
-    metric_unpriced integer not null, primary key (session, model)
+    metric_unpriced integer not null, covered_input integer not null, covered_output integer not null,
+    covered_cache_read integer not null, covered_cache_write integer not null, covered_cost integer not null,
+    covered_unpriced integer not null, primary key (session, model)
 ) without rowid;
 create table truth (
     model integer primary key, input integer not null, output integer not null, cache_read integer not null,
@@ -119,18 +121,42 @@ create table truth (
     pool_cache_write integer not null, pool_cost integer not null, pool_unpriced integer not null,
     pool_metric_input integer not null, pool_metric_output integer not null, pool_metric_cache_read integer not null,
     pool_metric_cache_write integer not null, pool_metric_cost integer not null, pool_metric_prompt integer not null,
-    pool_metric_unpriced integer not null
+    pool_metric_unpriced integer not null, pool_covered_input integer not null, pool_covered_output integer not null,
+    pool_covered_cache_read integer not null, pool_covered_cache_write integer not null,
+    pool_covered_cost integer not null, pool_covered_unpriced integer not null
 );
 create table served (
     model integer not null, kind text not null, value integer not null, born integer not null, birth integer not null,
     primary key (model, kind)
 ) without rowid;
 create table rollup (
-    hour integer not null, model integer not null, session integer not null, project integer not null,
-    user integer not null, requests integer not null, input integer not null, output integer not null,
-    cache_read integer not null, cache_write_5m integer not null, cache_write_1h integer not null,
-    cost integer not null, unpriced integer not null, primary key (hour, model, session, project, user)
+    quarter integer not null, model integer not null, session integer not null, project integer not null,
+    user integer not null, part integer not null, requests integer not null, input integer not null,
+    output integer not null, cache_read integer not null, cache_write_5m integer not null,
+    cache_write_1h integer not null, cost integer not null, unpriced integer not null,
+    primary key (quarter, model, session, project, user, part)
 ) without rowid;
+create index rollup_metrics on rollup (session, model, quarter) where part = 2;
+create view usage_sums as
+    select rollup.quarter * 900 as time, model.tool, model.name as model, session.name as session,
+        coalesce(project.text, '') as project, coalesce(user.text, '') as user,
+        case part when 0 then 'requests' when 1 then 'history' else 'metrics' end as part, requests, input, output,
+        cache_read, cache_write_5m + cache_write_1h as cache_write, cache_write_1h,
+        input + output + cache_read + cache_write_5m + cache_write_1h as tokens, cost / 1e9 as cost_usd,
+        unpriced as unpriced_tokens
+    from rollup join model on model.id = rollup.model join session on session.id = rollup.session
+        left join label as project on project.id = coalesce(nullif(rollup.project, 0), session.project)
+        left join label as user on user.id = rollup.user;
+create view usage_requests as
+    select usage.time / 1000 as time, model.tool, model.name as model, session.name as session,
+        coalesce(project.text, '') as project, coalesce(user.text, '') as user,
+        case when is_history then 'history' else 'requests' end as part, input, shown_output as output, cache_read,
+        cache_write_5m + cache_write_1h as cache_write, cache_write_1h,
+        input + shown_output + cache_read + cache_write_5m + cache_write_1h as tokens, cost / 1e9 as cost_usd,
+        cost_source, duration / 1e3 as duration_seconds
+    from usage join model on model.id = usage.model join session on session.id = usage.session
+        left join label as project on project.id = usage.project left join label as user on user.id = usage.user
+    where is_counted and is_history <> 1;
 create table root (path text primary key, looked integer not null) without rowid;
 create table transcript (
     id integer primary key, path text not null unique, device integer not null, inode integer not null,

@@ -10,13 +10,32 @@ from collections.abc import Callable, Iterable, Set
 from hashlib import blake2b
 from typing import NamedTuple
 
-from bridge.join import KINDS, Cell, Observed, Tokens, Verdict, Worth, add_cells, add_worth, unite, worth
+from bridge.join import (
+    KINDS,
+    Cell,
+    Observed,
+    Tokens,
+    Verdict,
+    Worth,
+    add_cells,
+    add_worth,
+    beyond,
+    has_metrics,
+    settle,
+    unite,
+    worth,
+)
 from bridge.model import CostSource, Source, Usage, UsageCell
 from bridge.otlp import redacted_text
 from bridge.store import Store
 from bridge.usage_store import (
+    HISTORY,
     LOADING,
     MAX_INTEGER,
+    MAX_QUARTER,
+    METRICS,
+    QUARTER_MS,
+    REQUESTS,
     ModelRow,
     RollupKey,
     ServedRow,
@@ -33,7 +52,6 @@ MAX_MODELS = 200
 MAX_CACHED = 10_000
 RECENT_MS = 600_000
 """History that is this new may still be told of by an event that was on its way at the first look."""
-HOUR_MS = 3_600_000
 SERVED_KINDS = (*KINDS, "usd", "requests")
 
 ESTIMATED_TOKENS = 1_000
@@ -88,6 +106,7 @@ class UsageBooks:
         self._tools: dict[int, str] = {}
         self._truths: dict[int, TruthRow] = {}
         self._served: dict[tuple[int, str], ServedRow] = {}
+        self._newest_history = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -100,6 +119,7 @@ class UsageBooks:
         self._dirty_cells: set[tuple[int, int]] = set()
         self._dirty_truths: set[int] = set()
         self._rollups: dict[RollupKey, list[int]] = {}
+        self._beyond: dict[tuple[int, int], dict[int, Worth]] = {}
 
     def load(self) -> UsageChange:
         """Read what is kept in memory; all that is served."""
@@ -108,6 +128,7 @@ class UsageBooks:
         self._truths = self._store.truths()
         self._served = {(row.model, row.kind): row for row in self._store.served()}
         self._tools = {row.id: row.tool for row in self._models.values()}
+        self._newest_history = self._store.newest_history()
         unpriced = {model: self._total(model).unpriced for model in self._truths}
         return UsageChange(list(self._served.values()), list(self._models.values()), {}, unpriced)
 
@@ -118,8 +139,8 @@ class UsageBooks:
 
     # --- metrics ---
 
-    def add_metric(self, cell: UsageCell, amount: int, time_ms: int) -> None:
-        """Tokens, or nano-dollars, that a metric reported. The time says which prices held."""
+    def add_metric(self, cell: UsageCell, amount: int, time_ms: int, since_ms: int) -> None:
+        """Tokens, or nano-dollars, that a metric reported at a time; it counts `since` (Unix ms)."""
         match cell.kind:
             case "usd":
                 delta = Cell(metrics_cost=amount)
@@ -131,7 +152,8 @@ class UsageBooks:
                 delta = Cell(metrics=_of_kind(kind, amount))
         if cell.tool not in self._reporting:
             delta = self._estimated(delta, cell, amount, time_ms)
-        self._add_to_cell(self._session(cell.tool, cell.session), self._model(cell.tool, cell.model), delta)
+        self._add_to_cell(self._session(cell.tool, cell.session), self._model(cell.tool, cell.model), delta, time_ms)
+        self._note_since(self._session(cell.tool, cell.session), since_ms)
 
     def _estimated(self, delta: Cell, cell: UsageCell, amount: int, time_ms: int) -> Cell:
         """The delta with what the table says that its tokens cost."""
@@ -150,6 +172,21 @@ class UsageBooks:
         return self._price(
             Usage(cell.tool, Source.EVENT, b"", cell.session, cell.model, time_ms, *counts[:3], counts[3], 0)
         )
+
+    def _note_since(self, session: SessionRow, since_ms: int) -> None:
+        if 0 < since_ms < session.since or not session.since:
+            session = session._replace(since=since_ms)
+            self._write_session(session)
+            if since_ms <= self._newest_history:
+                self._cover(session)
+
+    def _cover(self, session: SessionRow) -> None:
+        """Note which requests of history the metrics of a session have counted as well."""
+        for model, covered in self._store.covered(session).items():
+            known = self._cell(session.id, model)
+            found = Cell(covered=covered.tokens, covered_cost=covered.cost, covered_unpriced=covered.unpriced)
+            old = Cell(covered=known.covered, covered_cost=known.covered_cost, covered_unpriced=known.covered_unpriced)
+            self._add_to_cell(session, model, add_cells(found, old, -1), session.since)
 
     # --- requests ---
 
@@ -186,6 +223,12 @@ class UsageBooks:
         """All history is loaded."""
         self._store.finish_history()
         self._store.finish_roots()
+        self._sessions.clear()
+        self._newest_history = self._store.newest_history()
+        for session in self._store.sessions_since(self._newest_history):
+            self._cover(session)
+        self._write_sums()
+        self._begin()
 
     # --- transcripts ---
 
@@ -217,13 +260,16 @@ class UsageBooks:
         cost = cost and min(cost, MAX_INTEGER)
         name = redacted_text(usage.session) if self._hides_sessions and usage.session else usage.session
         session = self._session(usage.tool, name)
+        project = self._label(usage.project)
+        if project and session.project is None and not is_history and not self._hides_sessions:
+            self._write_session(session._replace(project=project))
         request = blake2b(usage.request_id.encode(), digest_size=8).digest() if usage.request_id else None
         key = usage.message + usage.key[:8] if usage.message else usage.key
         return UsageRow(
             0, key, usage.source, session.id, self._model(usage.tool, usage.model), usage.time_ms, usage.input,
             usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h, request, usage.order,
             usage.is_sidechain, is_history, 1, usage.output, cost, cost_source.value, usage.duration_ms,
-            self._label(usage.project), self._label(usage.user),
+            project, self._label(usage.user),
         )  # fmt: skip
 
     def _judge(self, row: UsageRow, before: UsageRow | None) -> None:
@@ -266,12 +312,13 @@ class UsageBooks:
         )  # fmt: skip
 
     def _book(self, before: UsageRow | None, after: UsageRow) -> None:
-        """Take a row's old contribution out of its cell and hours, and put the new one in."""
+        """Take a row's old contribution out of its cell and quarter, and put the new one in."""
         for row, sign in ((before, -1), (after, 1)):
             if row is None or not row.is_counted:
                 continue
             sums = _sums(row)
-            key = RollupKey(row.time // HOUR_MS, row.model, row.session, row.project or 0, row.user or 0)
+            part = HISTORY if row.is_history else REQUESTS
+            key = RollupKey(_quarter(row.time), row.model, row.session, row.project or 0, row.user or 0, part)
             rollup = self._rollups.setdefault(key, [0] * len(sums))
             for at, count in enumerate(sums):
                 rollup[at] += sign * count
@@ -279,26 +326,42 @@ class UsageBooks:
                 written = row.cache_write_5m + row.cache_write_1h
                 tokens = (row.input, row.shown_output, row.cache_read, written)
                 cell = Cell(tokens, row.cost or 0, sum(tokens) if row.cost is None else 0)
-                self._add_to_cell(self._session_by_id(row.session), row.model, add_cells(Cell(), cell, sign))
+                session = self._session_by_id(row.session)
+                self._add_to_cell(session, row.model, add_cells(Cell(), cell, sign), row.time)
                 truth = self._truths[row.model]
                 self._truths[row.model] = truth._replace(requests=truth.requests + sign)
 
     # --- cells, truth, what is served ---
 
-    def _add_to_cell(self, session: SessionRow, model: int, delta: Cell) -> None:
-        session = self._note_sources(session, delta)
+    def _add_to_cell(self, session: SessionRow, model: int, delta: Cell, time_ms: int) -> None:
+        session = self._note_sources(session, delta, time_ms)
         old = self._cell(session.id, model)
         new = self._cells[session.id, model] = add_cells(old, delta)
         self._dirty_cells.add((session.id, model))
         truth = self._truth(model)
         if session.has_metrics:
             gained = add_worth(self._worth(session.tool, new), self._worth(session.tool, old), -1)
-            truth = truth._replace(own=add_worth(truth.own, gained))
+            self._truths[model] = truth._replace(own=add_worth(truth.own, gained))
+            self._note_beyond(session, model, old, new, time_ms)
         else:
-            truth = truth._replace(pool=add_cells(truth.pool, delta))
-        self._truths[model] = truth
+            self._set_pool(session.tool, model, add_cells(truth.pool, delta), time_ms)
 
-    def _note_sources(self, session: SessionRow, delta: Cell) -> SessionRow:
+    def _set_pool(self, tool: str, model: int, pool: Cell, time_ms: int) -> None:
+        truth = self._truth(model)
+        self._truths[model] = truth._replace(pool=pool)
+        if has_metrics(pool):
+            self._note_beyond(self._session(tool, ""), model, truth.pool, pool, time_ms)
+
+    def _note_beyond(self, session: SessionRow, model: int, old: Cell, new: Cell, time_ms: int) -> None:
+        """Book what metrics now say beyond the requests of a cell."""
+        reports_cost = session.tool in self._reporting
+        change = add_worth(beyond(new, reports_cost=reports_cost), beyond(old, reports_cost=reports_cost), -1)
+        if any(change.tokens) or change.cost or change.unpriced:
+            quarters = self._beyond.setdefault((session.id, model), {})
+            quarter = _quarter(time_ms)
+            quarters[quarter] = add_worth(quarters.get(quarter, Worth()), change)
+
+    def _note_sources(self, session: SessionRow, delta: Cell, time_ms: int) -> SessionRow:
         """A session with metrics of its own leaves the pool of those without; all its cells move."""
         has_metrics = session.has_metrics or (
             bool(session.name) and (any(delta.metrics) or delta.prompt > 0 or delta.metrics_cost > 0)
@@ -311,12 +374,16 @@ class UsageBooks:
             cells.update({model: cell for (owner, model), cell in self._cells.items() if owner == session.id})
             for model, cell in cells.items():
                 truth = self._truth(model)
-                pool, own = add_cells(truth.pool, cell, -1), add_worth(truth.own, self._worth(session.tool, cell))
-                self._truths[model] = truth._replace(pool=pool, own=own)
+                self._truths[model] = truth._replace(own=add_worth(truth.own, self._worth(session.tool, cell)))
+                self._set_pool(session.tool, model, add_cells(truth.pool, cell, -1), time_ms)
+                self._note_beyond(session, model, Cell(), cell, time_ms)
         session = session._replace(has_metrics=has_metrics, has_requests=has_requests)
+        self._write_session(session)
+        return session
+
+    def _write_session(self, session: SessionRow) -> None:
         self._store.write_session(session)
         self._sessions[session.tool, session.name] = session
-        return session
 
     def _worth(self, tool: str, cell: Cell) -> Worth:
         return worth(cell, reports_cost=tool in self._reporting)
@@ -329,9 +396,7 @@ class UsageBooks:
 
     def flush(self, commit: int, now: int) -> UsageChange:
         """Write what changed since the last flush; `commit` is the number that the transaction will get."""
-        self._store.write_cells((*key, self._cells[key]) for key in self._dirty_cells)
-        self._store.write_truths((model, self._truths[model]) for model in self._dirty_truths)
-        self._store.add_to_rollups((key, _as_sums(sums)) for key, sums in self._rollups.items() if any(sums))
+        self._write_sums()
         changed: list[ServedRow] = []
         for model in self._dirty_truths:
             for kind, worth_now in self._values(model).items():
@@ -350,6 +415,18 @@ class UsageBooks:
         if max(len(self._cells), len(self._sessions), len(self._labels)) > MAX_CACHED:
             self._clear()
         return change
+
+    def _write_sums(self) -> None:
+        self._store.write_cells((*key, self._cells[key]) for key in self._dirty_cells)
+        self._store.write_truths((model, self._truths[model]) for model in self._dirty_truths)
+        self._store.add_to_rollups((key, _as_sums(sums)) for key, sums in self._rollups.items() if any(sums))
+        for (session, model), changes in self._beyond.items():
+            booked = settle(self._store.metric_rollups(session, model), changes)
+            self._store.add_to_rollups(
+                (RollupKey(quarter, model, session, 0, 0, METRICS), _sums_of(part)) for quarter, part in booked.items()
+            )
+            if any(min(*part.tokens, part.cost, part.unpriced) < 0 for part in booked.values()):
+                self._store.forget_empty_rollups(session, model)
 
     def _truth_of(self, tools: set[str]) -> dict[tuple[str, str], int]:
         """The truth of whole tools, by (tool, kind)."""
@@ -438,6 +515,15 @@ def _judged(row: UsageRow, verdict: Verdict) -> UsageRow:
 def _sums(row: UsageRow) -> Sums:
     tokens = (row.input, row.shown_output, row.cache_read, row.cache_write_5m, row.cache_write_1h)
     return 1, *tokens, row.cost or 0, sum(tokens) if row.cost is None else 0
+
+
+def _quarter(time_ms: int) -> int:
+    return max(0, min(time_ms // QUARTER_MS, MAX_QUARTER))
+
+
+def _sums_of(worth: Worth) -> Sums:
+    """What metrics alone say: no requests, and cache writes of no known life time."""
+    return 0, *worth.tokens, 0, worth.cost, worth.unpriced
 
 
 def _as_sums(counts: list[int]) -> Sums:

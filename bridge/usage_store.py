@@ -10,7 +10,7 @@ Tables, with what bounds them:
   cell       one row a session and model: what requests and what metrics add up to
   truth      one row a model: what its cells are worth together
   served     one row a model and kind: the value that was shown, which never falls
-  rollup     hourly sums of the rows that count, for ever
+  rollup     for ever, sums of a quarter of an hour: of the rows that count, and of what metrics say beyond them
   root, transcript   where transcripts lie, and how far each file is read
 """
 
@@ -23,7 +23,13 @@ from bridge.store import Store
 
 MAX_INTEGER = 2**63 - 1
 LOADING, LOADED = 1, 2
-"""Values of `is_history`: read, and not yet summed up by hours; and that done."""
+"""Values of `is_history`: read, and not yet summed up; and that done."""
+REQUESTS, HISTORY, METRICS = 0, 1, 2
+"""Values of `part` in rollups: requests; those of before the first look; what metrics add to the requests."""
+QUARTER_MS = 900_000
+"""Every time zone's days begin with a quarter of an hour."""
+MAX_QUARTER = 281_711_539
+"""That of the year 9998: what is later, by a broken clock, is counted there."""
 
 
 class UsageRow(NamedTuple):
@@ -59,6 +65,10 @@ class SessionRow(NamedTuple):
     name: str
     has_metrics: bool
     has_requests: bool
+    since: int = 0
+    """When its metrics began to count, Unix ms; 0 where there are none."""
+    project: int | None = None
+    """The label of the first project that one of its requests told."""
 
 
 class ModelRow(NamedTuple):
@@ -104,11 +114,12 @@ class TranscriptRow(NamedTuple):
 
 
 class RollupKey(NamedTuple):
-    hour: int
+    quarter: int
     model: int
     session: int
     project: int
     user: int
+    part: int
 
 
 Sums = tuple[int, int, int, int, int, int, int, int]
@@ -129,9 +140,9 @@ _SUMMED = (
     "coalesce(cost, 0)",
     "case when cost is null then input + shown_output + cache_read + cache_write_5m + cache_write_1h else 0 end",
 )
+_SUMS = ("requests", "input", "output", "cache_read", "cache_write_5m", "cache_write_1h", "cost", "unpriced")
 _ADD_TO_ROLLUP = " on conflict do update set " + ", ".join(
-    f"{name} = min({name} + excluded.{name}, {MAX_INTEGER})"
-    for name in ("requests", "input", "output", "cache_read", "cache_write_5m", "cache_write_1h", "cost", "unpriced")
+    f"{name} = min({name} + excluded.{name}, {MAX_INTEGER})" for name in _SUMS
 )
 
 
@@ -150,24 +161,22 @@ class UsageStore:
 
     def session(self, tool: str, name: str) -> SessionRow:
         """The session of this name, made if there is none."""
-        sql = "select id, tool, name, has_metrics, has_requests from session where tool = ? and name = ?"
-        row = self._store.execute(sql, (tool, name)).fetchone()
+        row = self._store.execute("select * from session where tool = ? and name = ?", (tool, name)).fetchone()
         if row is None:
             cursor = self._store.execute(
-                "insert into session (tool, name, has_metrics, has_requests) values (?, ?, 0, 0)", (tool, name)
+                "insert into session (tool, name, has_metrics, has_requests, since) values (?, ?, 0, 0, 0)",
+                (tool, name),
             )
             return SessionRow(cursor.lastrowid or 0, tool, name, False, False)
-        return SessionRow(row[0], row[1], row[2], bool(row[3]), bool(row[4]))
+        return _session(row)
 
     def session_by_id(self, session: int) -> SessionRow:
-        sql = "select id, tool, name, has_metrics, has_requests from session where id = ?"
-        row = self._store.execute(sql, (session,)).fetchone()
-        return SessionRow(row[0], row[1], row[2], bool(row[3]), bool(row[4]))
+        return _session(self._store.execute("select * from session where id = ?", (session,)).fetchone())
 
     def write_session(self, row: SessionRow) -> None:
         self._store.execute(
-            "update session set has_metrics = ?, has_requests = ? where id = ?",
-            (row.has_metrics, row.has_requests, row.id),
+            "update session set has_metrics = ?, has_requests = ?, since = ?, project = ? where id = ?",
+            (*row[3:], row.id),
         )
 
     def models(self) -> list[ModelRow]:
@@ -241,7 +250,7 @@ class UsageStore:
         )
 
     def finish_history(self) -> None:
-        """Once all history is loaded: side-chain copies do not count, and the hours are summed up."""
+        """Once all history is loaded: side-chain copies do not count, and the rest is summed up."""
         self._store.execute(
             f"update usage set is_counted = 0 where is_history = {LOADING} and is_sidechain and is_counted and exists ("
             # || makes text, and every blob is greater than any text.
@@ -252,18 +261,67 @@ class UsageStore:
             " and original.request is not null)"
         )
         self._store.execute(
-            "insert into rollup select time / 3600000, model, session, coalesce(project, 0), coalesce(user, 0),"
-            f" count(*), {', '.join(map(_bounded_sum, _SUMMED))}"
+            f"insert into rollup select max(0, min(time / {QUARTER_MS}, {MAX_QUARTER})), model, session,"
+            f" coalesce(project, 0), coalesce(user, 0), {HISTORY}, count(*), {', '.join(map(_bounded_sum, _SUMMED))}"
             f" from usage where is_history = {LOADING} and is_counted group by 1, 2, 3, 4, 5"
             f"{_ADD_TO_ROLLUP}"
         )
-
         self._store.execute(f"update usage set is_history = {LOADED} where is_history = {LOADING}")
+        self._store.execute(
+            "update session set project = found.project from ("
+            f" select session, min(project) as project from rollup where part = {HISTORY} and project group by session"
+            " having min(project) = max(project)) as found where found.session = session.id and session.project is null"
+        )
+
+    def newest_history(self) -> int:
+        """When the last request of history was made, Unix ms; 0 where there is none."""
+        sql = f"select max(quarter) from rollup where part = {HISTORY}"
+        ((quarter,),) = self._store.execute(sql)
+        return 0 if quarter is None else (quarter + 1) * QUARTER_MS - 1
+
+    def sessions_since(self, before: int) -> list[SessionRow]:
+        """The sessions whose metrics began to count at or before a time (Unix ms)."""
+        rows = self._store.execute("select * from session where since > 0 and since <= ?", (before,))
+        return [_session(row) for row in rows]
+
+    def covered(self, session: SessionRow) -> dict[int, Worth]:
+        """By model, the requests of history that were made after the metrics of a session began to count.
+
+        Metrics that name no session count those of all sessions without metrics of their own.
+        """
+        whose = "usage.session = ?" if session.name else "session.tool = ? and not session.has_metrics"
+        sql = (
+            f"select model, {', '.join(map(_bounded_sum, _SUMMED))}"
+            " from usage join session on session.id = usage.session"
+            f" where time >= ? and is_history = {LOADED} and is_counted and {whose} group by model"
+        )
+        rows = self._store.execute(sql, (session.since, session.id if session.name else session.tool))
+        return {
+            model: Worth((first, output, read, short + long), cost, unpriced)
+            for model, first, output, read, short, long, cost, unpriced in rows
+        }
 
     def add_to_rollups(self, changes: Iterable[tuple[RollupKey, Sums]]) -> None:
         self._store.executemany(
-            f"insert into rollup values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?){_ADD_TO_ROLLUP}",
+            f"insert into rollup values ({', '.join('?' * 14)}){_ADD_TO_ROLLUP}",
             ((*key, *_bounded(sums)) for key, sums in changes),
+        )
+
+    def metric_rollups(self, session: int, model: int) -> Iterator[tuple[int, Worth]]:
+        """What metrics say beyond the requests of a cell, by quarter, the latest first."""
+        rows = self._store.execute(
+            "select quarter, input, output, cache_read, cache_write_5m, cost, unpriced from rollup"
+            f" where part = {METRICS} and session = ? and model = ? order by quarter desc",
+            (session, model),
+        )
+        return ((quarter, Worth(tuple(tokens), cost, unpriced)) for quarter, *tokens, cost, unpriced in rows)
+
+    def forget_empty_rollups(self, session: int, model: int) -> None:
+        """Delete what metrics once said beyond the requests of a cell, and no more."""
+        self._store.execute(
+            f"delete from rollup where part = {METRICS} and session = ? and model = ?"
+            f" and {' and '.join(f'{name} = 0' for name in _SUMS)}",
+            (session, model),
         )
 
     def forget_rows(self, before: int, most: int) -> int:
@@ -287,7 +345,7 @@ class UsageStore:
 
     def write_cells(self, cells: Iterable[tuple[int, int, Cell]]) -> None:
         self._store.executemany(
-            f"insert or replace into cell values ({', '.join('?' * 15)})",
+            f"insert or replace into cell values ({', '.join('?' * 21)})",
             ((session, model, *_bounded(_flat(cell))) for session, model, cell in cells),
         )
 
@@ -297,7 +355,7 @@ class UsageStore:
 
     def write_truths(self, truths: Iterable[tuple[int, TruthRow]]) -> None:
         self._store.executemany(
-            f"insert or replace into truth values ({', '.join('?' * 21)})",
+            f"insert or replace into truth values ({', '.join('?' * 27)})",
             (
                 (model, *_bounded((*row.own.tokens, row.own.cost, row.own.unpriced, row.requests, *_flat(row.pool))))
                 for model, row in truths
@@ -369,8 +427,12 @@ def _path(path: str) -> str | bytes:
     return path
 
 
+def _session(row: tuple[Any, ...]) -> SessionRow:
+    return SessionRow(row[0], row[1], row[2], bool(row[3]), bool(row[4]), row[5], row[6])
+
+
 def _cell(row: tuple[Any, ...]) -> Cell:
-    return Cell(tuple(row[:4]), row[4], row[5], tuple(row[6:10]), *row[10:])
+    return Cell._make((tuple(row[:4]), *row[4:6], tuple(row[6:10]), *row[10:13], tuple(row[13:17]), *row[17:]))
 
 
 def _bounded(numbers: Iterable[int]) -> Iterator[int]:
@@ -379,4 +441,5 @@ def _bounded(numbers: Iterable[int]) -> Iterator[int]:
 
 
 def _flat(cell: Cell) -> tuple[int, ...]:
-    return (*cell.requests, cell.requests_cost, cell.unpriced, *cell.metrics, *cell[4:])
+    tokens, metrics, covered = cell.requests, cell.metrics, cell.covered
+    return (*tokens, *cell[1:3], *metrics, *cell[4:7], *covered, *cell[8:])

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
+from functools import reduce
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.join import KINDS, Cell, Observed, Tokens, Worth, add_cells, unite, worth
+from bridge.join import KINDS, Cell, Observed, Tokens, Worth, add_cells, add_worth, settle, unite, worth
 from bridge.model import Source, Usage, UsageCell
 from bridge.pricing import normalise_model
 from bridge.store import Store
@@ -129,6 +130,40 @@ def test_prompts_are_divided_by_what_is_known_of_them() -> None:
     assert worth(a_metric_lost, reports_cost=False) == Worth((60, 7, 30, 10), 480)
 
 
+# --- settle ----------------------------------------------------------------------------------------------------
+
+AMOUNTS = st.builds(Worth, TOKENS, st.integers(-100, 10**6), COUNT)
+
+
+@given(st.dictionaries(st.integers(0, 20), AMOUNTS, max_size=6), st.data())
+def test_what_is_settled_adds_up_and_leaves_no_negative_tokens(entries: dict[int, Worth], data: st.DataObject) -> None:
+    whole = total(entries.values())
+    told = total(data.draw(st.lists(AMOUNTS, max_size=2)))
+    # The requests that now tell of it can have no more tokens than there were and are.
+    explained = Worth(
+        tuple(data.draw(st.integers(0, most)) for most in add_worth(whole, told).tokens),  # type: ignore[arg-type]  # four
+        data.draw(st.integers(-50, 10**6)),
+    )
+    changes = {data.draw(st.integers(0, 20)): told}
+    at = data.draw(st.integers(0, 20))
+    changes[at] = add_worth(changes.get(at, Worth()), explained, -1)
+    booked = settle(sorted(entries.items(), reverse=True), changes)
+    assert total(booked.values()) == total(changes.values())
+    for time, change in booked.items():
+        assert min(add_worth(entries.get(time, Worth()), change).tokens) >= 0
+
+
+def total(amounts: Iterable[Worth]) -> Worth:
+    return reduce(add_worth, amounts, Worth())
+
+
+def test_what_a_request_explains_is_taken_from_the_latest_time_that_has_it() -> None:
+    entries = [(9, Worth((0, 5, 0, 0), 50)), (8, Worth((7, 0, 0, 0), 70)), (3, Worth((9, 0, 0, 0), 90))]
+    assert settle(entries, {9: Worth((-10, 0, 0, 0), -230)}) == {
+        9: Worth((0, 0, 0, 0), -70), 8: Worth((-7, 0, 0, 0), -70), 3: Worth((-3, 0, 0, 0), -90),
+    }  # fmt: skip
+
+
 # --- stories ---------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +188,8 @@ class Metric(NamedTuple):
     model: str
     kind: str
     amount: int
+    time_ms: int
+    since_ms: int
 
 
 Told = Usage | Metric
@@ -204,7 +241,8 @@ def told(requests: Iterable[Request], sources: tuple[str, ...], seed: int) -> It
         if "metrics" in sources:
             for kind, amount in (*zip(KINDS, request.tokens, strict=True), ("usd", request.cost)):
                 if amount:
-                    yield Metric(request.session, request.model, kind, amount)
+                    end = request.time_ms + 30_000
+                    yield Metric(request.session, request.model, kind, amount, end, end - 60_000)
         if "events" in sources:
             yield usage(request, Source.EVENT)
         if "transcripts" in sources:
@@ -237,8 +275,7 @@ class Books:
                 if isinstance(one, Usage):
                     self.books.add(one)
                 else:
-                    session, model, kind, amount = one
-                    self.books.add_metric(UsageCell(TOOL, session, model, kind), amount, 0)
+                    self.books.add_metric(UsageCell(TOOL, *one[:3]), *one[3:])
             change = self.books.flush(1, 1)
         for row in change.served:
             assert row.value >= self.served.get((row.model, row.kind), 0)
@@ -273,17 +310,17 @@ class Books:
             self.truth,
             self.select(f"select s.name, m.name, {cell} from cell c {join} where {zero} order by 1, 2"),
             self.select(
-                "select hour, m.name, s.name, requests, input, output, cache_read, cache_write_5m, cost"
+                "select quarter, m.name, s.name, requests, input, output, cache_read, cache_write_5m, cost"
                 f" from rollup {join} where requests order by 1, 2, 3"
             ),
         ]
 
     @property
-    def hours(self) -> dict[str, tuple[int, ...]]:
-        """The sums of the hours by model: tokens and requests."""
+    def rollups(self) -> dict[str, tuple[int, ...]]:
+        """The rollups by model, as in `truth`."""
         rows = self.select(
-            "select m.name, sum(input), sum(output), sum(cache_read), sum(cache_write_5m), sum(requests)"
-            " from rollup join model m on m.id = model group by 1 having sum(requests)"
+            "select m.name, sum(input), sum(output), sum(cache_read), sum(cache_write_5m), sum(cost), sum(requests)"
+            " from rollup join model m on m.id = model group by 1"
         )
         return {row[0]: row[1:] for row in rows}
 
@@ -323,10 +360,10 @@ def test_any_subset_of_sources_in_any_order_adds_up_to_the_same(tmp_path: Path, 
                         books.restart()
                 states.append(books.state)
                 assert {model: total[:5] for model, total in books.truth.items()} == expected(requests), seed
-                if sources != ("metrics",):
-                    assert {model: sums[:4] for model, sums in books.hours.items()} == {
-                        model: sums[:4] for model, sums in expected(requests).items()
-                    }, seed
+                assert books.rollups == books.truth, seed
+                assert (
+                    books.select("select * from rollup where min(input, output, cache_read, cache_write_5m) < 0") == []
+                )
                 served = {(model, kind): value for (model, kind), value in books.served.items() if kind != "requests"}
                 names = dict(books.select("select id, name from model"))
                 for (model, kind), value in served.items():
@@ -338,6 +375,38 @@ def test_any_subset_of_sources_in_any_order_adds_up_to_the_same(tmp_path: Path, 
                         if kind != "usd" or len(sources) == 1
                     )
         assert all(state == states[0] for state in states), seed
+
+
+# --- history beside metrics ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("session", ["s0", ""], ids=["metrics that name the session", "metrics that name none"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["metrics first", "history first"])
+def test_history_that_a_process_has_counted_in_its_metrics_is_reported_once(
+    tmp_path: Path, session: str, is_first: bool
+) -> None:
+    """A process began before the bridge, and its cumulative metrics have all that it used since."""
+    old = [Request(at, "s0", "claude-opus-4-6", (5, 50, 0, 0), HOUR + 60_000 * at, False, True) for at in range(8)]
+    since = old[5].time_ms - 1
+    metrics = [
+        Metric(session, "claude-opus-4-6", kind, amount, 2 * HOUR, since)
+        for kind, amount in (("input", 5 * 3 + 1), ("output", 50 * 3), ("usd", 3 * old[0].cost + 3))
+    ]
+    books = Books(tmp_path / "books")
+    with closing(books.store):
+        if is_first:
+            books.tell(metrics)
+        with books.store.transaction():
+            books.books.load_history((usage(request, Source.TRANSCRIPT) for request in old), 2 * HOUR)
+            books.books.finish_history()
+        if not is_first:
+            books.tell(metrics)
+        books.restart()
+        books.tell([Metric(session, "claude-opus-4-6", "output", 10, 2 * HOUR, since)])
+        sums = "select sum(input), sum(output), sum(cost) from rollup"
+        assert books.truth == {"claude-opus-4-6": (16, 160, 0, 0, 3 * old[0].cost + 3, 0)}
+        assert books.select(f"{sums} where part = 1") == [(5 * 8, 50 * 8, 8 * old[0].cost)]
+        assert books.select(f"{sums} where part = 2") == [(1, 10, 3)]
 
 
 settings.register_profile("join", deadline=None, derandomize=True, max_examples=200)

@@ -139,7 +139,7 @@ def simulate(made: list[Request], scenario: Scenario, seed: int, directory: Path
         owed = pending.setdefault(session, Counter()) if scenario.cumulative else Counter()
         owed.update(export)
         if scenario.metrics and is_up(minute * MINUTE):
-            at(minute * MINUTE, measured(session if scenario.session_ids else "", dict(owed)))
+            at(minute * MINUTE, measured(session if scenario.session_ids else "", dict(owed), minute * MINUTE))
             owed.clear()
     store = Store(directory, connect=unsynced)
     store.open(0)
@@ -173,11 +173,11 @@ def told(request: Request, source: Source) -> Callable[[UsageBooks], object]:
     return lambda books: books.add(usage)
 
 
-def measured(session: str, export: dict[tuple[str, str], int]) -> Callable[[UsageBooks], object]:
+def measured(session: str, export: dict[tuple[str, str], int], at_ms: int) -> Callable[[UsageBooks], object]:
     def tell(books: UsageBooks) -> None:
         for (model, kind), amount in export.items():
             if amount:
-                books.add_metric(UsageCell(TOOL, session, model, kind), amount, 0)
+                books.add_metric(UsageCell(TOOL, session, model, kind), amount, at_ms, at_ms - MINUTE)
 
     return tell
 
