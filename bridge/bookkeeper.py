@@ -34,6 +34,7 @@ from bridge.model import (
 )
 from bridge.otlp import REDACTED
 from bridge.store import (
+    Damaged,
     MetricRow,
     SeriesRow,
     Snapshot,
@@ -62,6 +63,9 @@ CUMULATIVE_FACTOR = 1_000
 OVERFLOW = (("otel.metric.overflow", "true"),)
 """The labels of the series that takes what is above a limit."""
 _IDENTIFYING = frozenset({"service.namespace", "service.name", "service.instance.id"})
+
+
+Recover = Callable[[Damaged], bool]
 
 
 class LedgerSettings(msgspec.Struct, frozen=True):
@@ -147,7 +151,8 @@ class _Books(msgspec.Struct):
 
 
 class Bookkeeper:
-    """Posts groups of requests. `live` tells how many series are shown, of a metric and in all."""
+    """Posts groups of requests. `live` tells how many series are shown, of a metric and in all; `recover` replaces a
+    damaged database, and says whether by nothing at all, to begin anew."""
 
     def __init__(
         self,
@@ -156,9 +161,11 @@ class Bookkeeper:
         clock_ms: Callable[[], int],
         live: Callable[[int], tuple[int, int]],
         usage: UsageBooks,
+        recover: "Recover",
     ) -> None:
         self._store = store
         self._usage = usage
+        self._recover = recover
         self._settings = settings
         self._clock_ms = clock_ms
         self._live = live
@@ -194,7 +201,15 @@ class Bookkeeper:
         `was_shown` tells of a series that is new to the state whether it was served before the state went back.
         """
         self._was_shown = was_shown
-        self._store.open(self._clock_ms())
+        try:
+            return self._open(mark)
+        except Damaged as damage:
+            begins = self._recover(damage)
+            self._store.abandon()
+        return self._open(mark, may_begin=begins)
+
+    def _open(self, mark: Mark | None, *, may_begin: bool = False) -> tuple[Snapshot, UsageChange]:
+        self._store.open(self._clock_ms(), may_begin=may_begin)
         try:
             if mark is not None:
                 self.lost = self._store.resume(mark.commits, mark.scrapers, mark.joined, self._clock_ms())

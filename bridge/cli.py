@@ -49,10 +49,18 @@ def parser() -> argparse.ArgumentParser:
     )
     settings.add_argument("--state-dir", metavar="DIR", help="where the counters are kept")
     settings.add_argument("--no-transcripts", action="store_true", help="do not open the transcripts of tools")
+    settings.add_argument(
+        "--allow-network-fs", action="store_true", help="keep the state on a network file system all the same"
+    )
     settings.add_argument("--config", metavar="FILE", help="settings file (config.toml in the platform's place)")
     settings.add_argument("--log-format", choices=("text", "json"), help="log lines as text or JSON (text)")
     settings.add_argument("--log-level", choices=("debug", "info", "warning", "error"), help="least level (info)")
     settings.add_argument("--log-file", metavar="FILE", help="write the log here and rotate it (standard error)")
+    root.add_argument(
+        "--accept-data-loss",
+        action="store_true",
+        help="if the state is damaged and there is no copy, begin anew; what was served stays the floor",
+    )
     commands = root.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     config = commands.add_parser("config", help="show or check the settings")
     config.add_argument("action", choices=("show", "check"), help="print the settings in force, or only check them")
@@ -106,6 +114,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         }
         if options.no_transcripts:
             flags["transcripts"] = False
+        if options.allow_network_fs:
+            flags["allow_network_fs"] = True
         config = settings.load(text, os.environ, flags, str(file))
         if config.prices:
             _check_prices(config, str(file))
@@ -131,7 +141,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return service.main(options, config, flags | ({"config": options.config} if options.config else {}))
     from bridge import daemon
 
-    return daemon.run(config)
+    return daemon.run(config, accept_data_loss=options.accept_data_loss)
 
 
 def _check_prices(config: "Config", file: str) -> None:

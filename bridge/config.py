@@ -84,6 +84,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     source: Literal["auto", "otlp", "transcripts"] = "auto"
     transcripts: bool = True
     history_days: Annotated[float, Meta(ge=1, le=36_500)] = 90.0
+    allow_network_fs: bool = False
     prices: dict[str, dict[str, float]] = {}
     labels: Labels = Labels()
     limits: Limits = Limits()
@@ -104,6 +105,7 @@ DESCRIPTIONS = {
     "source": "what is counted: auto joins metrics, events and transcripts; otlp and transcripts take one alone",
     "transcripts": "follow the transcripts of tools",
     "history_days": "how long single API requests are kept; sums by quarter of an hour stay for ever",
+    "allow_network_fs": "keep the state on a network file system or in a synchronised folder all the same",
     "prices": "your own prices by model, in US dollars per million tokens",
     "labels.promote": "resource attributes that become labels of every series",
     "labels.drop": "attributes that are no labels; the values of series that become one are added up",

@@ -20,15 +20,18 @@ from pathlib import Path
 from aiohttp import web
 
 from bridge import __version__, pricing, supervisor
-from bridge.bookkeeper import LedgerSettings
+from bridge.bookkeeper import LedgerSettings, Recover
 from bridge.config import Config
+from bridge.filesystem import distrust
 from bridge.join import KINDS
 from bridge.ledger import Ledger
 from bridge.mark import Mark, MarkUnreadable, read_mark
 from bridge.model import Usage
 from bridge.pricing import Prices, normalise_model
+from bridge.recovery import recover
 from bridge.store import (
     SCHEMA_VERSION,
+    Damaged,
     StateError,
     Store,
     StoreUnavailable,
@@ -50,6 +53,8 @@ DOOR_SECONDS = 0.25
 """How long a connection that was accepted may take to say what it wants."""
 EXPIRE_SECONDS = 60.0
 FORGET_SECONDS = 3_600.0
+CLOCK_STEP_SECONDS = 600
+PROBE_SECONDS = 5.0
 SURVEY_SECONDS = 60.0
 MARK_SECONDS = 5.0
 COPY_CHECK_SECONDS = 60.0
@@ -81,8 +86,9 @@ def state_directory(config: Config) -> Path:
     return state or default_state_dir(sys.platform, os.environ, Path.home())
 
 
-def run(config: Config) -> int:
-    """Run the bridge until it is told to stop; the exit code."""
+def run(config: Config, *, accept_data_loss: bool = False) -> int:
+    """Run the bridge until it is told to stop; the exit code. With `accept_data_loss` a damaged state without a copy
+    begins anew."""
     os.umask(0o077)
     try:
         configure_log(config.log_format, config.log_level, config.log_file)
@@ -91,7 +97,7 @@ def run(config: Config) -> int:
         return os.EX_CANTCREAT
     try:
         directory = state_directory(config)
-        return _run_loop(lambda loop: _serve(config, directory, loop))
+        return _run_loop(lambda loop: _serve(config, directory, loop, accept_data_loss=accept_data_loss))
     except (StartError, StateError) as error:
         log.error(str(error))  # the message is made for people, a traceback is not
         return error.exit_code
@@ -111,11 +117,18 @@ def _run_loop(main: Callable[[str], Awaitable[int]]) -> int:
         return runner.run(body("uvloop"))
 
 
-async def _serve(config: Config, directory: Path, loop_name: str) -> int:
+async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data_loss: bool) -> int:
     if os.geteuid() == 0:
         log.warning("running as root; a user of its own is safer")
     if note := prepare_directory(directory):
         log.warning(note)
+    if why := distrust(directory):
+        if not config.allow_network_fs:
+            raise StateError(
+                f"state directory {directory} {why}; choose another with --state-dir, or pass --allow-network-fs",
+                os.EX_CANTCREAT,
+            )
+        log.warning(f"state directory {directory} {why}")
     instance = os.urandom(8).hex()
     held = lock(directory, instance)
     loop = asyncio.get_running_loop()
@@ -124,8 +137,12 @@ async def _serve(config: Config, directory: Path, loop_name: str) -> int:
 
     def fail(error: BaseException) -> None:
         nonlocal outcome
-        outcome = os.EX_SOFTWARE
-        log.critical("the ledger failed; stopping so that a supervisor starts a fresh bridge", exc_info=error)
+        if isinstance(error, StoreUnavailable | StateError):
+            outcome = os.EX_IOERR
+            log.critical(f"the disk fails again and again; stopping so that a fresh bridge checks the state: {error}")
+        else:
+            outcome = os.EX_SOFTWARE
+            log.critical("the ledger failed; stopping so that a supervisor starts a fresh bridge", exc_info=error)
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -137,10 +154,12 @@ async def _serve(config: Config, directory: Path, loop_name: str) -> int:
     ledger = Ledger(
         Store(directory), ledger_settings(config), _clock_ms, fail,
         price=_lazy_price(config), normalise=normalise_model, mark=_mark(directory),
+        recover=_recovery(directory, accept_data_loss=accept_data_loss),
     )  # fmt: skip
     follower = _follower(config, ledger, telemetry, throttle)
     ledger.observers.append(telemetry.observe)
     copies = Copies(directory, ledger, _clock_ms)
+    forgetful = Forgetting(ledger, config.history_days, _clock_ms, _uptime_ms)
     receiver = Receiver(ledger, config, telemetry, throttle)
     views = Views(ledger, config, telemetry, _clock_ms, instance)
     if follower is not None:
@@ -165,11 +184,11 @@ async def _serve(config: Config, directory: Path, loop_name: str) -> int:
         async with asyncio.TaskGroup() as tasks:
             chores = [
                 tasks.create_task(_every(EXPIRE_SECONDS, _expire(ledger))),
-                tasks.create_task(_every(FORGET_SECONDS, ledger.forget)),
+                tasks.create_task(_every(FORGET_SECONDS, forgetful.forget)),
+                tasks.create_task(_every(PROBE_SECONDS, ledger.probe)),
                 tasks.create_task(_every(MARK_SECONDS, ledger.write_mark)),
                 tasks.create_task(_every(COPY_CHECK_SECONDS, copies.keep)),
                 tasks.create_task(_every(SURVEY_SECONDS, lambda: _survey(ledger, telemetry), at_once=True)),
-                tasks.create_task(_every(FORGET_SECONDS, lambda: ledger.forget_requests(config.history_days))),
                 *([tasks.create_task(_followed(follower, fail))] if follower else []),
                 tasks.create_task(_pulse(supervisor.watchdog_seconds())),
             ]
@@ -216,6 +235,20 @@ def _clock_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def _uptime_ms() -> int:
+    """A clock that nobody sets and that goes on while the machine sleeps."""
+    return time.clock_gettime_ns(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)) // 1_000_000
+
+
+def _recovery(directory: Path, *, accept_data_loss: bool) -> Recover:
+    def replace(damage: Damaged) -> bool:
+        what, begins = recover(directory, damage, SCHEMA_VERSION, _clock_ms(), accept_data_loss=accept_data_loss)
+        log.error(what)
+        return begins
+
+    return replace
+
+
 def _expire(ledger: Ledger) -> Callable[[], Awaitable[int]]:
     async def expire() -> int:
         return ledger.expire()
@@ -229,6 +262,30 @@ def _mark(directory: Path) -> Mark | None:
     except MarkUnreadable as error:
         log.warning(f"{error}; if the state is an older one, counters may fall once")
         return None
+
+
+class Forgetting:
+    """Deletes what is older than it must be kept, unless the clock was set since the last time: a clock that is wrong
+    for an hour must not make old of what is new."""
+
+    def __init__(
+        self, ledger: Ledger, history_days: float, clock_ms: Callable[[], int], uptime_ms: Callable[[], int]
+    ) -> None:
+        self._ledger = ledger
+        self._history_days = history_days
+        self._clock_ms = clock_ms
+        self._uptime_ms = uptime_ms
+        self._offset = clock_ms() - uptime_ms()
+
+    async def forget(self) -> None:
+        """Forget identities and request rows, once the clock has been steady. Raises StoreUnavailable."""
+        before, self._offset = self._offset, self._clock_ms() - self._uptime_ms()
+        if abs(self._offset - before) > CLOCK_STEP_SECONDS * 1000:
+            seconds = (self._offset - before) // 1000
+            log.warning("the clock was set; nothing is forgotten for an hour", extra={"seconds": seconds})
+            return
+        await self._ledger.forget()
+        await self._ledger.forget_requests(self._history_days)
 
 
 class Copies:

@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge import __version__, edits, setup, store
+from bridge import __version__, edits, filesystem, setup, store
 from bridge.config import Config
 from bridge.daemon import default_state_dir, split_address
 from bridge.model import DROP_TEXT, Drop
@@ -34,12 +34,6 @@ TIMEOUT_SECONDS = 2.0
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_TRANSCRIPTS = 20_000
 LITTLE_SPACE, NO_SPACE = 500 * 10**6, 20 * 10**6
-NETWORK_FILE_SYSTEMS = frozenset(
-    {
-        "9p", "afpfs", "afs", "ceph", "cifs", "davfs", "fuse.davfs2", "fuse.glusterfs", "fuse.rclone", "fuse.sshfs",
-        "glusterfs", "lustre", "nfs", "nfs4", "smb2", "smb3", "smbfs", "virtiofs", "webdav",
-    }
-)  # fmt: skip
 MANAGED = (
     Path("/etc/claude-code/managed-settings.json"),
     Path("/Library/Application Support/ClaudeCode/managed-settings.json"),
@@ -228,7 +222,7 @@ def check_directory(directory: Directory, user: int) -> Iterator[Finding]:
     if mode & 0o077:
         what = f"{path} has mode {mode:04o}: others can read it"
         findings.append(Finding(Status.WARN, "state", what, f"chmod 700 {path}"))
-    if file_system in NETWORK_FILE_SYSTEMS:
+    if file_system in filesystem.NETWORK:
         what = f"{path} is on a network file system ({file_system}), whose locks and syncs SQLite cannot trust"
         findings.append(Finding(Status.WARN, "state", what, "choose a `state_dir` on a local disk"))
     if free < LITTLE_SPACE:
@@ -591,24 +585,7 @@ def _directory(path: Path) -> Directory:
         free = shutil.disk_usage(path).free
     except OSError:
         return Directory(path)
-    return Directory(path, found.st_uid, stat.S_IMODE(found.st_mode), _file_system(path), free)
-
-
-def _file_system(path: Path) -> str:
-    """The type of the file system that holds a path; empty where that cannot be told."""
-    lines: list[tuple[str, str]] = []
-    try:
-        if sys.platform == "darwin":
-            done = subprocess.run(["/sbin/mount"], capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
-            lines = re.findall(r" on (/.*) \((\w+)", done.stdout)
-        else:
-            text = Path("/proc/self/mounts").read_text(errors="replace")
-            lines = [(place.replace("\\040", " "), kind) for _, place, kind, *_ in map(str.split, text.splitlines())]
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return ""
-    real = path.resolve()
-    above = [(len(place), number, kind) for number, (place, kind) in enumerate(lines) if real.is_relative_to(place)]
-    return max(above, default=(0, 0, ""))[2]
+    return Directory(path, found.st_uid, stat.S_IMODE(found.st_mode), filesystem.kind(path), free)
 
 
 def _inspection(directory: Path) -> Inspection | str | None:

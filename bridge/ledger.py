@@ -16,15 +16,15 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
 import msgspec
 
-from bridge.bookkeeper import Bookkeeper, Change, LedgerSettings, Post
+from bridge.bookkeeper import Bookkeeper, Change, LedgerSettings, Post, Recover
 from bridge.mark import Floors, Mark, Shown, series_name, state_of, write_mark
 from bridge.model import Batch, DataPoint, Exemplar, Kind, Observation, Receipt, Usage
-from bridge.store import MetricRow, SeriesRow, Snapshot, Store, StoreUnavailable, TargetRow
+from bridge.store import Damaged, MetricRow, SeriesRow, Snapshot, Store, StoreUnavailable, TargetRow
 from bridge.tools import known
 from bridge.usage import Price, Survey, UsageBooks, UsageChange, no_price
 from bridge.usage_store import ModelRow, ServedRow, TranscriptRow
@@ -34,6 +34,8 @@ MAX_GROUP = 256
 MAX_GROUP_POINTS = 20_000
 """Data points beyond which no more requests join a group, so that one commit stays short."""
 MAX_SCRAPERS = 64
+MAX_FAILURES, FAILURE_SECONDS = 3, 60.0
+"""Failures of the disk within that time after which a new process has to look at it."""
 COUNTING = frozenset({Kind.COUNTER.value, Kind.HISTOGRAM.value, Kind.EXPONENTIAL.value})
 """Kinds of metrics whose series must not fall while the bridge shows them."""
 
@@ -63,10 +65,16 @@ class _Job(NamedTuple):
     answer: "asyncio.Future[Any]"
 
 
+def refuse_damaged(damage: Damaged) -> bool:
+    """The recovery of those who have none."""
+    raise damage
+
+
 class Ledger:
     """The event loop's side of the ledger: `post`, and the projection of what is committed.
 
-    `failed` is called, in the event loop, when the writer thread ended with an error that is no StoreUnavailable.
+    `failed` is called, in the event loop, when the writer thread ended with an error, or when the disk failed
+    MAX_FAILURES times in short order. `recover` is asked, in the writer thread, what to do about a damaged database.
     """
 
     def __init__(
@@ -78,6 +86,7 @@ class Ledger:
         price: Price = no_price,
         normalise: Callable[[str], str] = str,
         mark: Mark | None = None,
+        recover: Recover = refuse_damaged,
     ) -> None:
         self._store = store
         self._usage = UsageBooks(store, price, normalise, known.REPORTING, hides_sessions=settings.hides_sessions)
@@ -87,6 +96,8 @@ class Ledger:
         self._queue: SimpleQueue[_Request | _Job | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._mark = mark
+        self._recover = recover
+        self._failures: list[float] = []
         self._marking = threading.Lock()
         self._marked = self._committed = 0
         self.floors = Floors(mark)
@@ -183,6 +194,12 @@ class Ledger:
         while count := await self.run(lambda: self._store.forget(before)):
             gone += count
         return gone
+
+    async def probe(self) -> None:
+        """See whether the disk takes commits again, if it did not. Raises StoreUnavailable."""
+        if not self.healthy:
+            await self.run(self._store.touch)
+            self.healthy = True
 
     def expire(self) -> int:
         """Take series out of the projection whose last point is older than the expiry; their number."""
@@ -317,7 +334,7 @@ class Ledger:
     # --- the writer's side ---
 
     def _run(self) -> None:
-        bookkeeper = Bookkeeper(self._store, self._settings, self._clock_ms, self._live, self._usage)
+        bookkeeper = Bookkeeper(self._store, self._settings, self._clock_ms, self._live, self._usage, self._recover)
         call = self._loop.call_soon_threadsafe
         try:
             loaded = bookkeeper.open(self._mark, self.floors.knows)
@@ -376,8 +393,8 @@ class Ledger:
         self._loop.call_soon_threadsafe(self._finish, group, receipts, change, seconds)
 
     def _finish(self, group: list[_Request], receipts: list[Receipt], change: Change | None, seconds: float) -> None:
-        self.healthy = True
-        if change is not None:
+        if change is not None:  # else nothing was written, which proves nothing
+            self.healthy = True
             self._publish(change, seconds)
         for request, receipt in zip(group, receipts, strict=True):
             _resolve(request.answer, receipt)
@@ -385,14 +402,15 @@ class Ledger:
     def _do(self, bookkeeper: Bookkeeper, job: _Job) -> None:
         try:
             self._restore(bookkeeper)
+            before = bookkeeper.commits
             result = bookkeeper.do(job.work)
         except StoreUnavailable as error:
             self._refuse(bookkeeper, error, [job.answer])
             return
-        self._loop.call_soon_threadsafe(self._finish_job, job, result, bookkeeper.commits)
+        self._loop.call_soon_threadsafe(self._finish_job, job, result, bookkeeper.commits, bookkeeper.commits > before)
 
-    def _finish_job(self, job: _Job, result: Any, commits: int) -> None:
-        self.healthy = True
+    def _finish_job(self, job: _Job, result: Any, commits: int, has_written: bool) -> None:
+        self.healthy |= has_written
         self._committed = commits
         _resolve(job.answer, result)
 
@@ -405,6 +423,11 @@ class Ledger:
         bookkeeper.lose(error)
         with contextlib.suppress(StoreUnavailable):  # then the next transaction tries again
             self._restore(bookkeeper)
+        if not error.disk_full:
+            now = monotonic()
+            self._failures = [*(then for then in self._failures if now - then < FAILURE_SECONDS), now]
+            if len(self._failures) >= MAX_FAILURES:
+                self._loop.call_soon_threadsafe(self._failed, error)
         self._loop.call_soon_threadsafe(self._fail, answers, error)
 
     def _fail(self, answers: "list[asyncio.Future[Any]]", error: StoreUnavailable) -> None:

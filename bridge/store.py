@@ -14,12 +14,16 @@ Tables, with what bounds them:
   total        the lifetime totals of the XRG profile
   target       resource attributes by job and instance
 
+What is served (series, total, served) is proved: each row holds a checksum of itself, and every start reads the whole
+file, so that a flipped bit is found before it is shown.
+
 Beside it stand the mark of what was served (bridge/mark.py) and copies, `state-v1-<time>.db`: one an hour while
 something changes, and one before every migration. A migration is one transaction: a crash leaves the old schema or
 the new one.
 """
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -28,6 +32,7 @@ import shutil
 import sqlite3
 import stat
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -47,6 +52,8 @@ SCHEMA_VERSION = 1 + len(MIGRATIONS)
 DATABASE = "state.db"
 LOCK = "lock"
 SERVED = "served.bin"
+THOROUGH_BYTES = 64 * 2**20
+"""Up to this size a start compares every index with its table as well: a hundredth of a second for 20 MB."""
 KEPT_COPIES, KEPT_DAYS = 3, 7
 """Of every schema version the newest copies stay, and the newest of each of as many days."""
 
@@ -61,7 +68,8 @@ create table metric (
 create table series (
     id integer primary key, key blob not null unique, metric integer not null references metric,
     job text not null, instance text not null, labels text not null, value, base, time integer not null,
-    born integer not null, birth integer not null, seen integer not null, expires integer not null
+    born integer not null, birth integer not null, seen integer not null, expires integer not null,
+    proof integer not null
 );
 create table stream (
     id integer primary key, key blob not null unique, series integer not null, writer integer not null,
@@ -79,7 +87,7 @@ create table delta_point (
     writer integer not null, time integer not null, members blob not null, primary key (writer, time)
 ) without rowid;
 create table request (hash blob primary key, seen integer not null) without rowid;
-create table total (name text primary key, value integer not null) without rowid;
+create table total (name text primary key, value integer not null, proof integer not null) without rowid;
 create table target (
     job text not null, instance text not null, attributes text not null, seen integer not null,
     primary key (job, instance)
@@ -127,7 +135,7 @@ create table truth (
 );
 create table served (
     model integer not null, kind text not null, value integer not null, born integer not null, birth integer not null,
-    primary key (model, kind)
+    proof integer not null, primary key (model, kind)
 ) without rowid;
 create table rollup (
     quarter integer not null, model integer not null, session integer not null, project integer not null,
@@ -168,7 +176,7 @@ create table transcript (
 
 class StoreUnavailable(Exception):
     """The disk or the database did not do what was asked. The text says why; the transaction may have reached the
-    disk or not, except on a full disk, where it did not."""
+    disk or not, except where the disk takes no writes (full, over quota, read-only), where it did not."""
 
     def __init__(self, message: str, *, disk_full: bool = False) -> None:
         super().__init__(message)
@@ -181,6 +189,13 @@ class StateError(Exception):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class Damaged(StateError):
+    """The database is there and cannot be believed, or is gone although it was there. A copy may replace it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, os.EX_DATAERR)
 
 
 # --- the directory ---------------------------------------------------------------------------------------------
@@ -305,6 +320,17 @@ def back_up(directory: Path, target: Path) -> Copy:
     return copy._replace(path=target)
 
 
+def whole_copies(directory: Path, version: int) -> Iterator[Copy]:
+    """The copies that a program of this schema can go on from, newest first, each read to its last row."""
+    for path in copies(directory):
+        with contextlib.suppress(sqlite3.Error, StoreUnavailable):
+            if _copy_name(path)[0] <= version:
+                copy = _read_copy(path)
+                with contextlib.closing(_read_only(path)) as connection:
+                    check_rows(connection)
+                yield copy
+
+
 def _read_copy(path: Path) -> Copy:
     """What stands in a copy; raises sqlite3.DatabaseError when it is not whole or not ours."""
     with contextlib.closing(_read_only(path)) as connection:
@@ -349,7 +375,8 @@ def newest_copy_time(directory: Path) -> int:
     return int(datetime.strptime(_copy_name(newest)[1] + "000Z", "%Y%m%dT%H%M%S%f%z").timestamp() * 1000)
 
 
-def _copy_time(now: int) -> str:
+def time_in_names(now: int) -> str:
+    """A time (Unix ms) as file names have it."""
     return f"{datetime.fromtimestamp(now // 1000, UTC):%Y%m%dT%H%M%S}{now % 1000:03d}"
 
 
@@ -361,7 +388,7 @@ def keep_copy(directory: Path, version: int, now: int) -> Copy:
     for found in (*directory.glob(".state-v*"), *directory.glob("state-v*.db")):
         if found.name.startswith(".") or not found.stat().st_size:  # left by a copy that was cut short
             found.unlink(missing_ok=True)
-    while (target := directory / f"state-v{version}-{_copy_time(now)}Z.db").exists():
+    while (target := directory / f"state-v{version}-{time_in_names(now)}Z.db").exists():
         now += 1
     copy = back_up(directory, target)
     for path in superfluous(copies(directory)):
@@ -460,6 +487,20 @@ class Snapshot(NamedTuple):
 
 _PAIRS = msgspec.json.Decoder(tuple[tuple[str, str], ...])
 _SERIES_COLUMNS = "id, metric, job, instance, labels, value, base, time, born, birth, seen, expires"
+
+
+def proof(row: tuple[Any, ...]) -> int:
+    """The checksum that stands in a row beside what it proves."""
+    return zlib.crc32(msgspec.msgpack.encode(row))
+
+
+def proved(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A row without its checksum, which stands last. Raises StoreUnavailable when it is not what was written."""
+    if proof(row[:-1]) != row[-1]:
+        raise StoreUnavailable(f"database disk image is malformed: a row was changed: {row[:2]}")
+    return row[:-1]
+
+
 _VALUES = msgspec.msgpack.Decoder(Histogram | ExponentialHistogram | Summary)
 
 
@@ -481,6 +522,25 @@ def _series_row(row: tuple[Any, ...]) -> SeriesRow:
         series_id, metric, job, instance, _PAIRS.decode(labels), _value(value), _value(base), time, born, birth, seen,
         bool(expires),
     )  # fmt: skip
+
+
+def check_rows(connection: sqlite3.Connection) -> None:
+    """Read what is served, and compare each row with its checksum. Raises StoreUnavailable."""
+    for row in connection.execute(f"select {_SERIES_COLUMNS}, proof from series"):
+        _proved_series(row)
+    for row in connection.execute("select name, value, proof from total"):
+        proved(row)
+    for row in connection.execute("select model, kind, value, born, birth, proof from served"):
+        proved(row)
+
+
+def _proved_series(row: tuple[Any, ...]) -> SeriesRow:
+    try:
+        series = _series_row(row[:-1])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise StoreUnavailable(f"database disk image is malformed: series {row[0]} cannot be read") from None
+    proved((*series[1:], row[-1]))
+    return series
 
 
 def _run(row: tuple[Any, ...]) -> Run:
@@ -528,21 +588,29 @@ class Store:
         try:
             return self._connection.execute(sql, parameters)
         except sqlite3.Error as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
 
     def executemany(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
         """One statement for each row. Raises StoreUnavailable."""
         try:
             self._connection.executemany(sql, rows)
         except sqlite3.Error as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
 
-    def open(self, now: int) -> None:
-        """Open, upgrade or create the database. StateError 65: newer schema, not ours, damaged, or gone although the
-        mark beside it says that there was one; 74: cannot be read or written."""
+    def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
+        """SQLite tells of a full disk; quotas and read-only file systems it takes for broken ones."""
+        found = _unavailable(error)
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_WRITE" and (why := _refusal(self.path.parent)):
+            return StoreUnavailable(f"{found}; {why}", disk_full=True)
+        return found
+
+    def open(self, now: int, *, may_begin: bool = False) -> None:
+        """Open, upgrade or create the database, and read all of it. Raises Damaged, also where it is gone although the
+        mark beside it says that there was one, unless it `may_begin` at 0. StateError 65: newer schema or not ours;
+        74: cannot be read or written."""
         directory = self.path.parent
         way_out = _way_out(directory, self.version)
-        is_missed = (directory / SERVED).exists()
+        is_missed = (directory / SERVED).exists() and not may_begin
         if is_missed and not (self.path.exists() and self.path.stat().st_size):
             raise self._is_gone(way_out)
         try:
@@ -562,6 +630,8 @@ class Store:
                     f"{self.path} is not a database of this program; move it away or choose another --state-dir",
                     os.EX_DATAERR,
                 )
+            if version:
+                self._verify()
             if 0 < version < self.version:
                 keep_copy(directory, version, now)
             self._configure()
@@ -573,16 +643,23 @@ class Store:
             for path in directory.glob(f"{DATABASE}*"):
                 path.chmod(0o600)
 
+    def _verify(self) -> None:
+        """Read the whole file. Raises sqlite3.DatabaseError when its structure is damaged."""
+        check = "quick_check" if self.path.stat().st_size > THOROUGH_BYTES else "integrity_check"
+        ((finding,),) = self._connection.execute(f"pragma {check}(1)")
+        if finding != "ok":
+            raise sqlite3.DatabaseError(f"database disk image is malformed: {finding}")
+
     def unusable(self, error: Exception) -> StateError:
         """What to say of an error that keeps the database from being used."""
         advice, code = _verdict(error, _way_out(self.path.parent, self.version))
-        return StateError(f"cannot open {self.path}: {error}; {advice}", code)
+        message = f"cannot open {self.path}: {error}; {advice}"
+        return Damaged(message) if code == os.EX_DATAERR else StateError(message, code)
 
     def _is_gone(self, way_out: str) -> StateError:
-        return StateError(
+        return Damaged(
             f"{self.path} is gone or empty, but {SERVED} beside it says that there was one; {way_out}; or remove"
-            f" {SERVED} to begin at 0",
-            os.EX_DATAERR,
+            f" {SERVED} to begin at 0"
         )
 
     def _configure(self) -> None:
@@ -615,7 +692,16 @@ class Store:
             self._connection = self._connect(self.path)
             self._configure()
         except sqlite3.Error as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
+
+    def touch(self) -> None:
+        """Write something that changes nothing, to see whether the disk takes it. Raises StoreUnavailable."""
+        self.execute(f"pragma user_version = {self.version}")
+
+    def abandon(self) -> None:
+        """Let go of a database whose files were moved away."""
+        with contextlib.suppress(AttributeError, sqlite3.Error):
+            self._connection.close()
 
     def close(self) -> None:
         """Checkpoint and close; no WAL is left behind unless somebody reads or the disk refuses."""
@@ -661,11 +747,10 @@ class Store:
             self.execute("update scraper set shown = ?", (commits + 1,))
             for tool, model, kind, value in joined:
                 self.execute("insert or ignore into model (tool, name) values (?, ?)", (tool, model))
-                self.execute(
-                    "insert into served select id, ?, ?, ?, ? from model where tool = ? and name = ?"
-                    " on conflict do update set value = max(value, excluded.value)",
-                    (kind, value, commits + 1, now, tool, model),
-                )
+                ((number,),) = self.execute("select id from model where tool = ? and name = ?", (tool, model))
+                sql = "select value, born, birth from served where model = ? and kind = ?"
+                shown, born, birth = self.execute(sql, (number, kind)).fetchone() or (0, commits + 1, now)
+                self.write_served([(number, kind, max(value, shown), born, birth)])
         return commits - int(found)
 
     def snapshot(self, expired_before: int) -> Snapshot:
@@ -678,12 +763,11 @@ class Store:
                 secret,
                 [MetricRow(*row) for row in self.execute("select * from metric")],
                 [
-                    _series_row(row)
-                    for row in self.execute(
-                        f"select {_SERIES_COLUMNS} from series where not expires or seen >= ?", (expired_before,)
-                    )
+                    row
+                    for row in map(_proved_series, self.execute(f"select {_SERIES_COLUMNS}, proof from series"))
+                    if not row.expires or row.seen >= expired_before
                 ],
-                dict(self.execute("select name, value from total").fetchall()),
+                dict(map(proved, self.execute("select name, value, proof from total"))),
                 [
                     TargetRow(job, instance, _PAIRS.decode(attributes), seen)
                     for job, instance, attributes, seen in self.execute("select * from target")
@@ -718,17 +802,27 @@ class Store:
         """Insert a series; the id of `row` is ignored, the result has the right one."""
         labels = msgspec.json.encode(row.labels).decode()
         cursor = self.execute(
-            "insert into series (key, metric, job, instance, labels, value, base, time, born, birth, seen, expires)"
-            " values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (key, row.metric, row.job, row.instance, labels, _stored(row.value), _stored(row.base), *row[7:]),
+            "insert into series (key, metric, job, instance, labels, value, base, time, born, birth, seen, expires,"
+            " proof) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                key,
+                row.metric,
+                row.job,
+                row.instance,
+                labels,
+                _stored(row.value),
+                _stored(row.base),
+                *row[7:],
+                proof(row[1:]),
+            ),
         )
         return row._replace(id=_rowid(cursor))
 
     def write_series(self, rows: Iterable[SeriesRow]) -> None:
         """Update what can change of a series."""
         self.executemany(
-            "update series set value = ?, base = ?, time = ?, born = ?, birth = ?, seen = ? where id = ?",
-            ((_stored(row.value), _stored(row.base), row.time, row.born, row.birth, row.seen, row.id) for row in rows),
+            "update series set value = ?, base = ?, time = ?, born = ?, birth = ?, seen = ?, proof = ? where id = ?",
+            ((_stored(row.value), _stored(row.base), *row[7:11], proof(row[1:]), row.id) for row in rows),
         )
 
     def metric(self, name: str, kind: str, unit: str) -> MetricRow | None:
@@ -821,7 +915,16 @@ class Store:
     # --- totals, targets, scrapers ---
 
     def write_totals(self, totals: Iterable[tuple[str, int]]) -> None:
-        self.executemany("insert or replace into total values (?, ?)", totals)
+        self.executemany(
+            "insert or replace into total (name, value, proof) values (?, ?, ?)", ((*row, proof(row)) for row in totals)
+        )
+
+    def write_served(self, rows: Iterable[tuple[int, str, int, int, int]]) -> None:
+        """Rows of (model, kind, value, born, birth)."""
+        self.executemany(
+            "insert or replace into served (model, kind, value, born, birth, proof) values (?, ?, ?, ?, ?, ?)",
+            ((*row, proof(row)) for row in rows),
+        )
 
     def write_target(self, target: TargetRow) -> None:
         attributes = msgspec.json.encode(target.attributes).decode()
@@ -838,13 +941,23 @@ class Store:
 
 def _verdict(error: Exception, way_out: str = "restore a backup") -> tuple[str, int]:
     """What to do about an error that keeps a database from being used, and the exit code."""
-    if "malformed" in str(error) or "not a database" in str(error) or "no such table" in str(error):
+    if any(text in str(error) for text in ("malformed", "not a database", "no such table", "Could not decode")):
         return f"{way_out}, or move it away", os.EX_DATAERR
     return "check the disk and its permissions", os.EX_IOERR
 
 
 def _rowid(cursor: sqlite3.Cursor) -> int:
     return cursor.lastrowid or 0  # every caller has just inserted a row
+
+
+def _refusal(directory: Path) -> str:
+    """Why the file system takes no writes now, although nothing is broken; empty when it does."""
+    try:
+        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            file.write(bytes(65_536))
+    except OSError as error:
+        return error.strerror or "" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else ""
+    return ""
 
 
 def _unavailable(error: sqlite3.Error) -> StoreUnavailable:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from bridge.join import Cell, Worth
-from bridge.store import Store
+from bridge.store import Store, proved
 
 MAX_INTEGER = 2**63 - 1
 LOADING, LOADED = 1, 2
@@ -363,10 +363,11 @@ class UsageStore:
         )
 
     def served(self) -> list[ServedRow]:
-        return [ServedRow(*row) for row in self._store.execute("select * from served")]
+        sql = "select model, kind, value, born, birth, proof from served"
+        return [ServedRow(*proved(row)) for row in self._store.execute(sql)]
 
     def write_served(self, rows: Iterable[ServedRow]) -> None:
-        self._store.executemany("insert or replace into served values (?, ?, ?, ?, ?)", rows)
+        self._store.write_served(rows)
 
     def sum_cells(self) -> tuple[int, int]:
         """Tokens of all cells, as requests and as metrics add up to them."""

@@ -46,7 +46,7 @@ from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import Ledger
 from bridge.model import Batch, Receipt
 from bridge.otlp import Encoding, decode_metrics
-from bridge.store import DATABASE, Connect, SeriesRow, Store
+from bridge.store import DATABASE, Connect, SeriesRow, Store, StoreUnavailable
 
 CASES = Path(__file__).parent / "cases"
 WAYS = ("as written", "killed after every body", "in one commit", "without a cache")
@@ -94,6 +94,7 @@ class Rig:
         self.directory.mkdir()
         self._runner = asyncio.Runner()
         self._broken: list[object] = []
+        self.given_up: list[StoreUnavailable] = []
 
     def start(self) -> None:
         """Load the state. Raises what Ledger.start raises."""
@@ -105,9 +106,16 @@ class Rig:
             Store(self.directory, self._connect),
             self.settings,
             lambda: self.now_ms,
-            lambda *why: self._broken.append(why),
+            self.failed,
         )
         await self.ledger.start()
+
+    def failed(self, error: BaseException) -> None:
+        """What the daemon ends for: a disk that fails again and again, or a ledger that broke."""
+        if isinstance(error, StoreUnavailable):
+            self.given_up.append(error)
+        else:
+            self._broken.append(error)
 
     def post(self, body: Body) -> Receipt:
         """Post one body. Raises StoreUnavailable as the ledger does."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bridge import __version__, doctor
+from bridge import __version__, doctor, filesystem
 from bridge.config import Config
 from bridge.doctor import Answer, Directory, Finding, Layer, Status, Transcripts
 from bridge.model import Drop
@@ -425,7 +425,7 @@ def test_where_xrg_looks() -> None:
 
 
 def test_the_file_system_is_named() -> None:
-    assert sys.platform == "darwin" or doctor._file_system(Path("/proc/self")) == "proc"
+    assert sys.platform == "darwin" or filesystem.kind(Path("/proc/self")) == "proc"
 
 
 def test_managed_settings_are_read(tmp_path: Path) -> None:

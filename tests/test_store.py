@@ -4,6 +4,7 @@ Law under test: a request is acknowledged only after its commit; a refused one m
 its sender, who repeats it, is never counted twice; what is shown is committed and never falls.
 """
 
+import errno
 import os
 import sqlite3
 import stat
@@ -442,12 +443,12 @@ class Sender:
         for _ in range(ATTEMPTS):
             self.disk.before_commit = self.assert_not_ahead
             try:
-                self.rig.post(body)
+                receipt = self.rig.post(body)
             except StoreUnavailable:
                 assert not self.rig.ledger.healthy
                 self.look()
             else:
-                assert self.rig.ledger.healthy
+                assert self.rig.ledger.healthy or not receipt.accepted
                 self.look()
                 assert projected(self.rig) == committed(self.rig)
                 return
@@ -585,7 +586,53 @@ def test_housekeeping_that_fails_and_then_works_is_healthy_again(disk: FailingDi
             rig.forget()
         assert not rig.ledger.healthy
         rig.forget()
+        assert not rig.ledger.healthy, "nothing was written, which proves nothing"
+        rig.call(rig.ledger.probe())
         assert rig.ledger.healthy
+
+
+@pytest.mark.parametrize(("error", "gives_up"), [(io_error, True), (disk_full, False)])
+def test_a_disk_that_fails_three_times_in_a_minute_is_given_up_and_a_full_one_never(
+    error: Callable[[], sqlite3.OperationalError], gives_up: bool, tmp_path: Path
+) -> None:
+    disk = FailingDisk(Fault(error, frozenset(range(1000))))
+    with rig_in(tmp_path, connect=watched(disk)) as rig:
+        disk.fail_at(1)
+        for attempt in range(1, 5):
+            with pytest.raises(StoreUnavailable):
+                rig.post(BODIES[0])
+            assert bool(rig.given_up) is (gives_up and attempt >= 3), attempt
+        disk.failing = {0}
+        rig.post(BODIES[0])
+        assert rig.totals == TRUTHS[0]
+
+
+def test_a_quota_and_a_read_only_file_system_are_no_broken_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite takes both for an I/O error; a write beside the database tells them apart."""
+    disk = FailingDisk(Fault(write_error, FAULTS["one"]))
+    with rig_in(tmp_path, connect=watched(disk)) as rig:
+        for number, is_refused in ((errno.EDQUOT, True), (errno.EROFS, True), (errno.EIO, False)):
+            monkeypatch.setattr("tempfile.TemporaryFile", raising(OSError(number, os.strerror(number))))
+            disk.fail_at(1)
+            with pytest.raises(StoreUnavailable) as refused:
+                rig.post(BODIES[0])
+            assert refused.value.disk_full is is_refused
+            assert (os.strerror(number) in str(refused.value)) is is_refused
+
+
+def write_error() -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorname = "SQLITE_IOERR_WRITE"
+    return error
+
+
+def raising(error: OSError) -> Callable[..., Any]:
+    def fail(**_: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def test_a_failure_says_what_the_disk_said(disk: FailingDisk, tmp_path: Path) -> None:

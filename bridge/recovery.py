@@ -1,0 +1,53 @@
+"""What a start does about a damaged database: it keeps the evidence, and goes on from the newest whole copy.
+
+Law: nothing is deleted, and nothing begins at 0 by itself. The damaged files are moved to `state.corrupt-<time>/`; a
+copy takes their place, synced before it gets the name; what was served since is the floor (bridge/mark.py), and what
+transcripts say since is read again, because how far they were read stands in the copy. A crash leaves a database that
+is damaged or gone, and the next start does the same once more.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from bridge.store import DATABASE, SERVED, Damaged, StateError, sync, time_in_names, whole_copies
+
+_RESTORING = f".{DATABASE}.restoring"
+
+
+def quarantine(directory: Path, now: int) -> Path:
+    """Move the database to a directory of its own, the WAL first: it must never meet another database."""
+    target = directory / f"state.corrupt-{time_in_names(now)}Z"
+    while target.exists():
+        now += 1
+        target = directory / f"state.corrupt-{time_in_names(now)}Z"
+    target.mkdir(mode=0o700)
+    for name in (f"{DATABASE}-wal", f"{DATABASE}-shm", DATABASE):
+        if (directory / name).exists():
+            (directory / name).rename(target / name)
+    sync(target)
+    sync(directory)
+    return target
+
+
+def recover(directory: Path, damage: Damaged, version: int, now: int, *, accept_data_loss: bool) -> tuple[str, bool]:
+    """Replace a damaged database: what was done, for the log, and whether the state begins at 0 now.
+
+    Raises the damage again when there is no whole copy and nobody accepted the loss; StateError 74 when the disk fails.
+    """
+    copy = next(whole_copies(directory, version), None)
+    if copy is None and not accept_data_loss:
+        raise Damaged(f"{damage}; there is no whole copy; --accept-data-loss begins with what {SERVED} says")
+    try:
+        if copy is not None:
+            shutil.copyfile(copy.path, directory / _RESTORING)
+            sync(directory / _RESTORING)
+        evidence = quarantine(directory, now)
+        if copy is None:
+            return f"{damage}; the database is in {evidence.name} now, and the state begins anew", True
+        (directory / _RESTORING).rename(directory / DATABASE)
+        sync(directory)
+    except OSError as error:
+        raise StateError(f"cannot restore {directory / DATABASE}: {error.strerror}", os.EX_IOERR) from None
+    text = f"going on from {copy.path.name}, as of transaction {copy.commits}"
+    return f"{damage}; the database is in {evidence.name} now, {text}", False
