@@ -11,7 +11,7 @@ BRIDGE = Path(__file__).parents[1] / "bridge"
 # From the ground up; `x.*` is all modules of a package. The package `bridge` itself may be imported by all.
 FLOORS = (
     ("model",),
-    ("values", "join", "tools.fields", "tools.tool"),
+    ("values", "join", "frame", "tools.fields", "tools.tool"),
     ("tools.events", "tools.claude_code_lines"),
     ("tools.*", "otlp", "naming", "temporality", "pricing", "exposition", "reports", "budgets", "jsonl", "edits",
      "config", "units"),

@@ -50,6 +50,7 @@ class Receiver:
         self._throttle = throttle
         self._content_keys = otlp.CONTENT_KEYS.union(config.labels.deny)
         self._event_keys = known.event_keys(frozenset(config.labels.deny))
+        self._known = otlp.Known()
         self._in_flight = 0
         self._points = 0
         self._decoder = ThreadPoolExecutor(1, "decode")
@@ -167,7 +168,7 @@ class Receiver:
     def _decode(self, body: bytes, encoding: Encoding, signal: Signal) -> Batch | otlp.Records:
         match signal:
             case Signal.METRICS:
-                return otlp.decode_metrics(body, encoding, self._content_keys)
+                return otlp.decode_metrics(body, encoding, self._content_keys, self._known)
             case Signal.LOGS:
                 return otlp.decode_logs(body, encoding, self._event_keys, self._content_keys)
             case Signal.TRACES:
