@@ -181,7 +181,7 @@ class CostSource(StrEnum):
     UNPRICED = "unpriced"
 
 
-class Usage(Struct, frozen=True):
+class Usage(Struct, frozen=True, gc=False):
     """One API request as one source tells of it. Token counts are disjoint; `output` includes reasoning.
 
     `key` names the observation for ever (16 bytes); `request_id` is the API's, empty where the source has none;

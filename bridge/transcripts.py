@@ -32,7 +32,7 @@ from bridge.telemetry import Telemetry, Throttle, log
 from bridge.tools.tool import Transcripts
 from bridge.usage_store import TranscriptRow
 
-BLOCK = 512 * 2**10
+BLOCK = 256 * 2**10
 CHUNK = 8 * 2**20
 """Bytes of a file that are read for one transaction; of history several files together, at most FILES."""
 FILES = 64

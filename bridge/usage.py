@@ -61,6 +61,9 @@ Price = Callable[[Usage], int | None]
 Normalise = Callable[[str], str]
 
 
+_TOLD, _PRICED, _UNPRICED = (source.value for source in (CostSource.TOOL, CostSource.PRICE, CostSource.UNPRICED))
+
+
 def no_price(usage: Usage) -> int | None:
     """The price table of those who have none."""
     del usage
@@ -112,6 +115,7 @@ class UsageBooks:
     def _clear(self) -> None:
         self._sessions: dict[tuple[str, str], SessionRow] = {}
         self._labels: dict[str, int] = {}
+        self._model_ids: dict[tuple[str, str], int] = {}
         self._cells: dict[tuple[int, int], Cell] = {}
         self._begin()
 
@@ -253,11 +257,12 @@ class UsageBooks:
         return self._store.forget_rows(before, most)
 
     def _row(self, usage: Usage, *, is_history: bool) -> UsageRow:
-        cost, cost_source = usage.cost, CostSource.TOOL
+        cost, cost_source = usage.cost, _TOLD
         if cost is None:
             cost = self._price(usage)
-            cost_source = CostSource.UNPRICED if cost is None else CostSource.PRICE
-        cost = cost and min(cost, MAX_INTEGER)
+            cost_source = _UNPRICED if cost is None else _PRICED
+        if cost is not None and cost > MAX_INTEGER:
+            cost = MAX_INTEGER
         name = redacted_text(usage.session) if self._hides_sessions and usage.session else usage.session
         session = self._session(usage.tool, name)
         project = self._label(usage.project)
@@ -265,10 +270,11 @@ class UsageBooks:
             self._write_session(session._replace(project=project))
         request = blake2b(usage.request_id.encode(), digest_size=8).digest() if usage.request_id else None
         key = usage.message + usage.key[:8] if usage.message else usage.key
+        # Flags and the source as plain integers: SQLite's module looks for an adapter of any other type.
         return UsageRow(
-            0, key, usage.source, session.id, self._model(usage.tool, usage.model), usage.time_ms, usage.input,
+            0, key, int(usage.source), session.id, self._model(usage.tool, usage.model), usage.time_ms, usage.input,
             usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h, request, usage.order,
-            usage.is_sidechain, is_history, 1, usage.output, cost, cost_source.value, usage.duration_ms,
+            int(usage.is_sidechain), int(is_history), 1, usage.output, cost, cost_source, usage.duration_ms,
             project, self._label(usage.user),
         )  # fmt: skip
 
@@ -412,7 +418,7 @@ class UsageBooks:
         models = list(self._models.values()) if self._dirty_truths else []
         change = UsageChange(changed, models, self._truth_of(tools), unpriced)
         self._begin()
-        if max(len(self._cells), len(self._sessions), len(self._labels)) > MAX_CACHED:
+        if max(len(self._cells), len(self._sessions), len(self._labels), len(self._model_ids)) > MAX_CACHED:
             self._clear()
         return change
 
@@ -471,11 +477,17 @@ class UsageBooks:
         return self._sessions.setdefault((row.tool, row.name), row)
 
     def _model(self, tool: str, model: str) -> int:
+        known = self._model_ids.get((tool, model))
+        if known is None:
+            known = self._model_ids[tool, model] = self._named_model(tool, model)
+        return known
+
+    def _named_model(self, tool: str, model: str) -> int:
         name = self._normalise(model) or "unknown"
         row = self._models.get((tool, name))
         if row is None:
             if len(self._models) >= MAX_MODELS and name != "other":
-                return self._model(tool, "other")
+                return self._named_model(tool, "other")
             row = self._models[tool, name] = self._store.add_model(tool, name)
             self._tools[row.id] = tool
         return row.id

@@ -26,7 +26,8 @@ LAWS = settings(derandomize=True, deadline=None, max_examples=300)
 def usages(content: bytes, order: int = 0) -> tuple[list[Usage], list[Drop]]:
     """All that a file says, repeats included, and why lines of it were refused."""
     lines = Lines(TRANSCRIPTS.keys)
-    read = [read_line(line, order) for line in lines.feed(content)]
+    reader = TRANSCRIPTS.reader("", order, b"")
+    read = [reader.read(line) for line in lines.feed(content)]
     found = [usage for result in read if not isinstance(result, Drop) for usage in result]
     return found, [result for result in read if isinstance(result, Drop)]
 
@@ -103,6 +104,45 @@ def test_rule(case: Case, is_reversed: bool) -> None:
 def test_members_of_a_line(members: dict[str, Any], want: dict[str, Any]) -> None:
     usage = one(response("m", "r", **members))
     assert {name: getattr(usage, name) for name in want} == want
+
+
+OFTEN = response("m", "r", {"service_tier": "standard"}, content=[{"type": "text", "text": "a"}])
+QUOTING = [{"type": "tool_use", "input": {"usage": {"input_tokens": 10, "output_tokens": 20}}}]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_repeat"),
+    [
+        (OFTEN, True),
+        (OFTEN.replace(b'"text":"a"', b'"text":"another block"').replace(b'"u-m', b'"v-m'), True),
+        (OFTEN.replace(b'"parentUuid":null', b'"parentUuid":"0-1"'), True),
+        (OFTEN.replace(b'"requestId"', b'"apiBlockIndex":1,"requestId"'), True),
+        (OFTEN.replace(b'"output_tokens":20', b'"output_tokens":201'), False),
+        (OFTEN.replace(b'"output_tokens":20', b'"output_tokens":2'), False),
+        (OFTEN.replace(b'"isSidechain":false', b'"isSidechain":true'), False),
+        (OFTEN.replace(b'"requestId":"r"', b'"requestId":"r2"'), False),
+        (OFTEN.replace(b'"requestId":"r",', b""), False),
+        (OFTEN.replace(b'"id":"m"', b'"id":"m2"'), False),
+        (OFTEN.replace(b'"claude-', b'"other-'), False),
+        (response("m", "r", {"output_tokens": 30}, content=QUOTING), False),
+        (OFTEN.replace(b'"content":[', b'"content":[' + json.dumps(QUOTING[0]).encode() + b","), True),
+    ],
+)
+def test_a_line_that_repeats_the_one_before_says_nothing_new(line: bytes, is_repeat: bool) -> None:
+    reader = TRANSCRIPTS.reader("", 7, b"")
+    first = reader.read(OFTEN)
+    assert isinstance(first, tuple)
+    said, alone = reader.read(line), read_line(line, 7)
+    assert isinstance(alone, tuple)
+    assert said == (() if is_repeat else alone)
+    assert not is_repeat or settled([*first, *alone]) == settled(first)
+    assert reader.read(OFTEN) == (() if is_repeat else first)
+
+
+def test_repeats_of_a_refused_line_are_refused() -> None:
+    reader = TRANSCRIPTS.reader("", 7, b"")
+    wrong = OFTEN.replace(b'"output_tokens":20', b'"output_tokens":-20')
+    assert [reader.read(line) for line in (wrong, wrong)] == [Drop.NEGATIVE] * 2
 
 
 def test_a_key_is_the_same_in_copies_and_differs_elsewhere() -> None:

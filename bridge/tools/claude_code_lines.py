@@ -278,17 +278,49 @@ def _roots(variables: Mapping[str, str], home: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{part.rstrip('/')}/projects" for part in expanded))
 
 
+_NOWHERE = b"\0"
+"""What stands in no line."""
+_BEFORE_HEAD = 256
+"""Bytes of a line among which `isSidechain` begins."""
+
+
 class Lines:
-    """Reads the lines of one file; each is understood by itself."""
+    """Reads the lines of one file; each is understood by itself.
+
+    Most lines repeat the response of the one before for another block of its content. They are told by their bytes:
+    the same from `isSidechain` to the content, message and model in it, then the same usage and the same request id.
+    """
 
     state = b""
 
     def __init__(self, path: str, order: int, state: bytes) -> None:
         del path, state
         self._order = order
+        self._head = self._usage = self._request = _NOWHERE
 
     def read(self, line: bytes) -> tuple[Usage, ...] | Drop:
-        return read_line(line, self._order)
+        at = line.rfind(b'"usage":')
+        if (
+            line.startswith(self._usage, at)
+            and line.find(self._request, at) >= 0
+            and line.find(self._head, 0, len(self._head) + _BEFORE_HEAD) >= 0
+        ):
+            return ()
+        said = read_line(line, self._order)
+        self._remember(line, at, is_response=isinstance(said, tuple))
+        return said
+
+    def _remember(self, line: bytes, at: int, *, is_response: bool) -> None:
+        """Keep what a repeat of this line has in common with it, where its members stand as they always did."""
+        head = line.find(b'"isSidechain":', 0, _BEFORE_HEAD)
+        content = line.find(b'"content":', head, at)
+        request = line.find(b'"requestId":"', at)
+        if not is_response or min(at, head, content, request) < 0:
+            self._usage = _NOWHERE
+            return
+        self._head = line[head:content]
+        self._usage = line[at : line.rfind(b"}", at, request)]
+        self._request = line[request : line.find(b'"', request + 13) + 1]
 
     def gauges(self) -> tuple[DataPoint, ...]:
         return ()

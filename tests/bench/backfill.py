@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        tree = options.tree or Path(directory)
+        tree = (options.tree or Path(directory)).resolve()
         tree.mkdir(parents=True, exist_ok=True)
         truth = make_tree(tree, options.files, int(options.megabytes * 1e6))
         if options.profile:
