@@ -186,7 +186,8 @@ class Usage(Struct, frozen=True, gc=False):
 
     `key` names the observation for ever (16 bytes); `request_id` is the API's, empty where the source has none;
     `message` (8 bytes, or empty) names the response among copies of it; `order` (Unix ms) says which of several
-    copies is the original: the least. `cost` is in nano-dollars, None where the source does not tell it.
+    copies is the original: the least; of copies with another `revision` the greatest stands. `cost` is in nano-dollars,
+    None where the source does not tell it.
     """
 
     tool: str
@@ -212,6 +213,7 @@ class Usage(Struct, frozen=True, gc=False):
     duration_ms: int | None = None
     project: str = ""
     user: str = ""
+    revision: int = 0
 
     @property
     def cache_write(self) -> int:
@@ -236,12 +238,20 @@ EventValue = str | int | float | bool
 
 
 class Event(Struct, frozen=True):
-    """One log record of a known name: only the attributes that may be looked at. Time in Unix nanoseconds."""
+    """One log record of a known name, or one span: only the attributes that may be looked at.
+
+    Times in Unix nanoseconds: when it was or ended, and when a span began. `trace`, `span` and `parent` are ids in
+    lower-case hexadecimal, empty where there are none.
+    """
 
     name: str
     attributes: dict[str, EventValue]
     time: int
     resource: Resource
+    trace: str = ""
+    span: str = ""
+    parent: str = ""
+    start: int = 0
 
 
 class Batch(NamedTuple):

@@ -779,9 +779,13 @@ def _camel(value: Any) -> Any:
         case list():
             return [_camel(item) for item in value]
         case dict():
-            return {re.sub(r"_([a-z])", lambda m: m[1].upper(), key): _camel(item) for key, item in value.items()}
+            return {_camel_name(key): _camel(item) for key, item in value.items()}
         case _:
             return value
+
+
+def _camel_name(name: str) -> str:
+    return re.sub(r"_([a-z])", lambda m: m[1].upper(), name)
 
 
 def _members(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -1006,7 +1010,7 @@ def _trim(offset: int, counts: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
 
 class Records(NamedTuple):
     """What a logs or traces request holds: how many records of which name, the first one's service.name, and the
-    events that were asked for."""
+    events or spans that were asked for."""
 
     service: str
     counts: Counter[str]
@@ -1017,54 +1021,87 @@ EventKeys = Mapping[str, frozenset[str]]
 """Event name -> the attributes of it that may leave the decoder."""
 
 
+class _Nesting(NamedTuple):
+    """How a signal's request holds its records, by protobuf's names, and what a record's own members are called."""
+
+    request: type[Message]
+    resources: str
+    scopes: str
+    records: str
+    name: str
+    time: str
+    start: str = ""
+    parent: str = ""
+
+
+_LOGS = _Nesting(
+    ExportLogsServiceRequest, "resource_logs", "scope_logs", "log_records", "event_name", "time_unix_nano"
+)  # fmt: skip
+_TRACES = _Nesting(
+    ExportTraceServiceRequest, "resource_spans", "scope_spans", "spans", "name", "end_time_unix_nano",
+    "start_time_unix_nano", "parent_span_id",
+)  # fmt: skip
+
+
 def decode_logs(body: bytes, encoding: Encoding, wanted: EventKeys, content_keys: Set[str] = CONTENT_KEYS) -> Records:
     """The log records by event name, and the `wanted` attributes of the events that `wanted` names.
 
     The values of `content_keys` in a resource do not leave this function.
     """
-    read = _json_log_records if encoding is Encoding.JSON else _protobuf_log_records
-    return _records(lambda: read(body, wanted, content_keys), Signal.LOGS, encoding)
+    return _decode_records(body, encoding, Signal.LOGS, wanted.get, content_keys)
 
 
-def decode_traces(body: bytes, encoding: Encoding) -> Records:
-    """The spans by name; nothing else of them leaves the decoder."""
-    read = _json_spans if encoding is Encoding.JSON else _protobuf_spans
-    return _records(lambda: read(body), Signal.TRACES, encoding)
+def decode_traces(
+    body: bytes, encoding: Encoding, wanted: frozenset[str], content_keys: Set[str] = CONTENT_KEYS
+) -> Records:
+    """The spans by name, and the `wanted` attributes of those that have any.
+
+    The values of `content_keys` in a resource do not leave this function.
+    """
+    return _decode_records(body, encoding, Signal.TRACES, lambda _: wanted, content_keys)
 
 
 _RawRecord = tuple[Resource, str, Event | None]
+_KeysOf = Callable[[str], frozenset[str] | None]
 
 
-def _records(read: Callable[[], Iterator[_RawRecord]], signal: Signal, encoding: Encoding) -> Records:
+def _decode_records(
+    body: bytes, encoding: Encoding, signal: Signal, keys_of: _KeysOf, content_keys: Set[str]
+) -> Records:
+    read = _json_records if encoding is Encoding.JSON else _protobuf_records
+    nesting = _LOGS if signal is Signal.LOGS else _TRACES
     names: Counter[str] = Counter()
     events: list[Event] = []
     service = ""
     try:
-        for count, (resource, name, event) in enumerate(read(), 1):
+        for count, (resource, name, event) in enumerate(read(body, nesting, keys_of, content_keys), 1):
             if count > MAX_POINTS:
                 raise TooLarge(f"body has more than {MAX_POINTS} records; {BATCH_ADVICE}")
             service = service or resource.get("service.name")
             names[name] += 1
-            if event is not None:
+            if event is not None and (event.attributes or signal is Signal.LOGS):
                 events.append(event)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
         _raise_decode_error(error, signal.value, encoding)
     return Records(service, names, events)
 
 
-def _protobuf_log_records(body: bytes, wanted: EventKeys, content_keys: Set[str]) -> Iterator[_RawRecord]:
-    request = ExportLogsServiceRequest()
+def _protobuf_records(body: bytes, nesting: _Nesting, keys_of: _KeysOf, content_keys: Set[str]) -> Iterator[_RawRecord]:
+    request = nesting.request()
     _parse_protobuf(request, body)
-    _bound(request.resource_logs)
-    for resource_logs in request.resource_logs:
-        resource = Resource(_protobuf_attributes(resource_logs.resource.attributes, content_keys))
-        _bound(resource_logs.scope_logs)
-        for scope_logs in resource_logs.scope_logs:
-            _bound(scope_logs.log_records)
-            for record in scope_logs.log_records:
+    resources = getattr(request, nesting.resources)
+    _bound(resources)
+    for resource_records in resources:
+        resource = Resource(_protobuf_attributes(resource_records.resource.attributes, content_keys))
+        scopes = getattr(resource_records, nesting.scopes)
+        _bound(scopes)
+        for scope_records in scopes:
+            records = getattr(scope_records, nesting.records)
+            _bound(records)
+            for record in records:
                 named = (item.value.string_value for item in record.attributes if item.key == "event.name")
-                name = record.event_name or next(named, "")
-                keys = wanted.get(name)
+                name = getattr(record, nesting.name) or next(named, "")
+                keys = keys_of(name)
                 event = None
                 if keys is not None:
                     attributes = {
@@ -1072,7 +1109,11 @@ def _protobuf_log_records(body: bytes, wanted: EventKeys, content_keys: Set[str]
                         for item in record.attributes
                         if item.key in keys and (value := _protobuf_scalar(item.value)) is not None
                     }
-                    event = Event(name, attributes, record.time_unix_nano, resource)
+                    start = getattr(record, nesting.start) if nesting.start else 0
+                    parent = getattr(record, nesting.parent).hex() if nesting.parent else ""
+                    trace, span = record.trace_id.hex(), record.span_id.hex()
+                    time = getattr(record, nesting.time)
+                    event = Event(name, attributes, time, resource, trace, span, parent, start)
                 yield resource, name, event
 
 
@@ -1081,15 +1122,16 @@ def _protobuf_scalar(value: Any) -> EventValue | None:
     return getattr(value, which) if which in ("string_value", "int_value", "double_value", "bool_value") else None
 
 
-def _json_log_records(body: bytes, wanted: EventKeys, content_keys: Set[str]) -> Iterator[_RawRecord]:
-    for resource_logs in _members(_parse_json(body), "resourceLogs"):
-        resource = _json_resource(resource_logs.get("resource"), content_keys)
-        for scope_logs in _members(resource_logs, "scopeLogs"):
-            for record in _members(scope_logs, "logRecords"):
+def _json_records(body: bytes, nesting: _Nesting, keys_of: _KeysOf, content_keys: Set[str]) -> Iterator[_RawRecord]:
+    own = _Nesting(nesting.request, *map(_camel_name, nesting[1:]))
+    for resource_records in _members(_parse_json(body), own.resources):
+        resource = _json_resource(resource_records.get("resource"), content_keys)
+        for scope_records in _members(resource_records, own.scopes):
+            for record in _members(scope_records, own.records):
                 items = record.get("attributes") or ()
                 named = ((i.get("value") or {}).get("stringValue") for i in items if i.get("key") == "event.name")
-                name = _text(record.get("eventName") or next(named, ""))
-                keys = wanted.get(name)
+                name = _text(record.get(own.name) or next(named, ""))
+                keys = keys_of(name)
                 event = None
                 if keys is not None:
                     attributes = {
@@ -1097,7 +1139,9 @@ def _json_log_records(body: bytes, wanted: EventKeys, content_keys: Set[str]) ->
                         for item in items
                         if (key := item.get("key")) in keys and (value := _json_scalar(item.get("value"))) is not None
                     }
-                    event = Event(name, attributes, _unsigned(record.get("timeUnixNano")), resource)
+                    trace, span, parent = (_hex(record.get(id_)) for id_ in ("traceId", "spanId", own.parent))
+                    time, start = (_unsigned(record.get(member)) for member in (own.time, own.start))
+                    event = Event(name, attributes, time, resource, trace, span, parent, start)
                 yield resource, name, event
 
 
@@ -1117,27 +1161,6 @@ def _json_scalar(value: Any) -> EventValue | None:
             case _:
                 continue
     return None
-
-
-def _protobuf_spans(body: bytes) -> Iterator[_RawRecord]:
-    request = ExportTraceServiceRequest()
-    _parse_protobuf(request, body)
-    _bound(request.resource_spans)
-    for resource_spans in request.resource_spans:
-        resource = Resource(_protobuf_attributes(resource_spans.resource.attributes, CONTENT_KEYS))
-        _bound(resource_spans.scope_spans)
-        for scope_spans in resource_spans.scope_spans:
-            _bound(scope_spans.spans)
-            for span in scope_spans.spans:
-                yield resource, span.name, None
-
-
-def _json_spans(body: bytes) -> Iterator[_RawRecord]:
-    for resource_spans in _members(_parse_json(body), "resourceSpans"):
-        resource = _json_resource(resource_spans.get("resource"))
-        for scope_spans in _members(resource_spans, "scopeSpans"):
-            for span in _members(scope_spans, "spans"):
-                yield resource, _text(span.get("name")), None
 
 
 # --- answers ---------------------------------------------------------------------------------------------------

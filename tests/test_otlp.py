@@ -1154,7 +1154,9 @@ def test_logs_and_spans_are_counted_by_name(signal: Signal, body: dict[str, Any]
 
 
 def decode_names(body: bytes, encoding: Encoding, signal: Signal) -> Records:
-    return decode_logs(body, encoding, EVENT_KEYS) if signal is Signal.LOGS else decode_traces(body, encoding)
+    return (
+        decode_logs(body, encoding, EVENT_KEYS) if signal is Signal.LOGS else decode_traces(body, encoding, frozenset())
+    )
 
 
 @pytest.mark.parametrize("encoding", Encoding)

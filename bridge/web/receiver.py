@@ -172,7 +172,7 @@ class Receiver:
             case Signal.LOGS:
                 return otlp.decode_logs(body, encoding, self._event_keys, self._content_keys)
             case Signal.TRACES:
-                return otlp.decode_traces(body, encoding)
+                return otlp.decode_traces(body, encoding, frozenset(), self._content_keys)
 
     # --- what came of it ---
 
