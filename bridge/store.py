@@ -101,7 +101,7 @@ create table usage (
     cache_read integer not null, cache_write_5m integer not null, cache_write_1h integer not null,
     request blob, origin integer not null, is_sidechain integer not null, is_history integer not null,
     is_counted integer not null, shown_output integer not null, cost integer, cost_source text not null,
-    duration integer, project integer, user integer
+    duration integer, project integer, user integer, revision integer not null
 );
 create index usage_time on usage (time);
 create index usage_request on usage (request) where request is not null and not is_history;

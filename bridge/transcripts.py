@@ -1,10 +1,11 @@
-"""Follows the transcripts of tools: JSONL files that grow, as a second source of usage.
+"""Follows the transcripts of tools, a second source of usage: JSONL files that grow, or documents that are rewritten.
 
 Law: what a file says and how far it was read are committed in one transaction, so a crash repeats nothing and loses
 nothing; keys make a second reading harmless, so whatever looks new is read again from its start. What stands under a
 root at the bridge's first look is history: it is read in the background, for the reports, and never served. What is
 appended later, also while the bridge was down, counts. Files are only read, in blocks, by one thread; symbolic links
-are not followed; a file that cannot be read is counted and tried again when it changes.
+are not followed; a file that cannot be read is counted and tried again when it changes. A document is read as a whole
+whenever it has changed; if that is before its history was read, the times of what it tells say what is history.
 
 Changes are told by the file system's events, through watchfiles, which saves one such implementation for each
 platform; a slow scan finds what events miss, and replaces them where there are none.
@@ -37,6 +38,8 @@ CHUNK = 8 * 2**20
 """Bytes of a file that are read for one transaction; of history several files together, at most FILES."""
 FILES = 64
 HEAD = 1024
+MAX_DOCUMENT = 64 * 2**20
+"""Bytes of a document above which it is passed over and counted, since all of it is in memory at once."""
 SCAN_SECONDS = 600.0
 """Between the scans that find what no event told; POLL_SECONDS where there are no events."""
 POLL_SECONDS = 2.0
@@ -81,7 +84,6 @@ class Follower:
     ) -> None:
         self._ledger = ledger
         self._roots = dict(roots)
-        self._suffixes = tuple({suffix for tool in self._roots.values() for suffix in tool.suffixes})
         self._tools: dict[str, Transcripts] = {}
         self._telemetry = telemetry
         self._throttle = throttle
@@ -154,7 +156,7 @@ class Follower:
 
     def _files_below(self, directory: str) -> list[tuple[str, int]]:
         tool = self._tool_of(f"{directory}/")
-        return _files(directory, tool.suffixes) if tool else []
+        return _files(directory, tool) if tool else []
 
     def _tool_of(self, path: str) -> Transcripts | None:
         """The tool of the innermost root that a path is below."""
@@ -167,7 +169,8 @@ class Follower:
 
     async def _first_look(self, root: str, found: list[tuple[str, int]]) -> None:
         """All that stands there now is history; a root that is not there yet has none."""
-        rows = [row for path, _ in found if (row := await self._in_reader(partial(_first_row, path)))]
+        tool = self._roots[root]
+        rows = [row for path, _ in found if (row := await self._in_reader(partial(_first_row, tool, path)))]
         rows = await self._ledger.add_root(root, rows)
         self._has_history |= any(row.history_end for row in rows)
         self._files.update((row.path, row) for row in rows)
@@ -181,7 +184,7 @@ class Follower:
 
     async def _follow_changes(self) -> None:
         changed, self._changed = self._changed, set()
-        paths = {path for path in changed if path.endswith(self._suffixes)}
+        paths = {path for path in changed if (tool := self._tool_of(path)) and tool.holds(path)}
         for directory in changed - paths:  # it may have had files before it was watched
             found = await self._in_reader(partial(self._files_below, directory))
             paths |= {path for path, size in found if self._is_news(path, size)}
@@ -191,12 +194,12 @@ class Follower:
 
     async def _follow(self, path: str) -> None:
         tool = self._tool_of(path)
-        if tool is None or not path.endswith(tool.suffixes):
+        if tool is None:
             return
         more = True
         while more:
             row = self._files.get(path)
-            if row is not None and row.history < row.history_end and tool.is_sequential:
+            if row is not None and row.history < row.history_end and (tool.is_sequential or tool.is_document(path)):
                 await self._read_history_of([row])
                 continue
             try:
@@ -267,6 +270,10 @@ class Follower:
         """What was appended to a file; None if nothing was. A file that was replaced or cut is read from its start."""
         with _opened(path) as descriptor:
             found = os.fstat(descriptor)
+            if tool.is_document(path):
+                origin = row.origin if row else _origin(os.pread(descriptor, 64 * 1024, 0), found.st_mtime_ns)
+                row = row or TranscriptRow(0, path, 0, 0, b"", 0, 0, 0, origin)
+                return None if row.head == _version(found) else _read_document(tool, descriptor, row, found)
             if row is None or not _is_same(descriptor, found, row):
                 head = os.pread(descriptor, HEAD, 0)
                 origin = _origin(os.pread(descriptor, 64 * 1024, 0), found.st_mtime_ns)
@@ -295,11 +302,25 @@ class Follower:
         if tool is None:
             return None
         with _opened(row.path) as descriptor:
+            if tool.is_document(row.path):
+                return self._read_old_document(tool, descriptor, row)
             if not _is_same(descriptor, os.fstat(descriptor), row):
                 return None
             chunk = self._read(tool, descriptor, row, row.history, row.history_end)
             read_to = chunk.row.live if chunk.row.live > row.history else row.history_end
             return chunk._replace(row=row._replace(history=min(read_to, row.history_end), state=chunk.row.state))
+
+    def _read_old_document(self, tool: Transcripts, descriptor: int, row: TranscriptRow) -> Chunk | None:
+        """What stood in a document at the first look; when it has changed since, by the times of what it tells."""
+        found = os.fstat(descriptor)
+        chunk = _read_document(tool, descriptor, row, found)
+        if chunk is None:
+            return None
+        usages = chunk.usages
+        if row.head != _version(found):
+            usages = tuple(usage for usage in usages if usage.time_ms <= int(row.state))
+            self._changed.add(row.path)  # what came later is read again, and counts
+        return chunk._replace(row=row._replace(history=row.history_end), usages=usages, points=())
 
     def _read(self, tool: Transcripts, descriptor: int, row: TranscriptRow, start: int, end: int) -> Chunk:
         """Up to CHUNK bytes of complete lines from `start`; the row's `live` is where they end."""
@@ -314,14 +335,43 @@ class Follower:
                 break
             position += len(block)
             for line in lines.feed(block):
-                said = reader.read(line)
-                if isinstance(said, Drop):
-                    refused[said] = refused.get(said, 0) + 1
-                else:
-                    usages += said
+                _take(reader.read(line), usages, refused)
         more = position < end
         row = row._replace(live=lines.offset, state=reader.state)
         return Chunk(row, tuple(usages), reader.gauges(), refused, lines.too_long, position - start, more)
+
+
+def _take(said: tuple[Usage | Drop, ...] | Drop, usages: list[Usage], refused: dict[Drop, int]) -> None:
+    for one in (said,) if isinstance(said, Drop) else said:
+        if isinstance(one, Drop):
+            refused[one] = refused.get(one, 0) + 1
+        else:
+            usages.append(one)
+
+
+def _read_document(tool: Transcripts, descriptor: int, row: TranscriptRow, found: os.stat_result) -> Chunk | None:
+    """All that a document says, and its row; None while it is being written, which will be told of."""
+    row = row._replace(device=found.st_dev, inode=found.st_ino, head=_version(found), live=found.st_size)
+    if found.st_size > MAX_DOCUMENT:
+        return Chunk(row, (), (), {}, 1, 0, more=False)
+    content = bytearray()
+    while block := os.pread(descriptor, BLOCK, len(content)):
+        content += block
+        if len(content) > found.st_size:
+            return None
+    if _version(os.fstat(descriptor)) != row.head:
+        return None
+    reader = tool.reader(row.path, row.origin, b"")
+    usages: list[Usage] = []
+    refused: dict[Drop, int] = {}
+    if content:
+        _take(reader.read(bytes(content)), usages, refused)
+    return Chunk(row, tuple(usages), reader.gauges(), refused, 0, len(content), more=False)
+
+
+def _version(found: os.stat_result) -> bytes:
+    """What changes when a document does."""
+    return blake2b(f"{found.st_ino} {found.st_size} {found.st_mtime_ns}".encode(), digest_size=16).digest()
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -343,7 +393,7 @@ def _directory(root: str) -> Directory | None:
     return None
 
 
-def _files(root: str, suffixes: tuple[str, ...]) -> list[tuple[str, int]]:
+def _files(root: str, tool: Transcripts) -> list[tuple[str, int]]:
     """The transcripts below a root with their sizes; links and what cannot be read are left out."""
     found: list[tuple[str, int]] = []
     pending = [root]
@@ -352,7 +402,7 @@ def _files(root: str, suffixes: tuple[str, ...]) -> list[tuple[str, int]]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
-                elif entry.name.endswith(suffixes) and entry.is_file(follow_symlinks=False):
+                elif tool.holds(entry.path) and entry.is_file(follow_symlinks=False):
                     with contextlib.suppress(OSError):
                         found.append((entry.path, entry.stat(follow_symlinks=False).st_size))
     return found
@@ -373,14 +423,19 @@ def _opened(path: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _first_row(path: str) -> TranscriptRow | None:
-    """A file at the first look: its complete lines are history."""
+def _first_row(tool: Transcripts, path: str) -> TranscriptRow | None:
+    """A file at the first look: its complete lines are history, or all of a document."""
     try:
         with _opened(path) as descriptor:
             found = os.fstat(descriptor)
+            origin = _origin(os.pread(descriptor, 64 * 1024, 0), found.st_mtime_ns)
+            if tool.is_document(path):
+                size, changed = found.st_size, str(found.st_mtime_ns // 1_000_000).encode()
+                return TranscriptRow(
+                    0, path, found.st_dev, found.st_ino, _version(found), 0, size, size, origin, changed
+                )  # fmt: skip
             end = _last_line_end(descriptor, found.st_size)
             head = _head(os.pread(descriptor, HEAD, 0))
-            origin = _origin(os.pread(descriptor, 64 * 1024, 0), found.st_mtime_ns)
             return TranscriptRow(0, path, found.st_dev, found.st_ino, head, 0, end, end, origin)
     except OSError:
         return None

@@ -275,7 +275,7 @@ class UsageBooks:
             0, key, int(usage.source), session.id, self._model(usage.tool, usage.model), usage.time_ms, usage.input,
             usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h, request, usage.order,
             int(usage.is_sidechain), int(is_history), 1, usage.output, cost, cost_source, usage.duration_ms,
-            project, self._label(usage.user),
+            project, self._label(usage.user), usage.revision,
         )  # fmt: skip
 
     def _judge(self, row: UsageRow, before: UsageRow | None) -> None:
@@ -506,14 +506,15 @@ def _is_original(row: UsageRow | None) -> bool:
     return row is not None and not row.is_sidechain and row.request is not None
 
 
-def _rank(row: UsageRow) -> tuple[int, int, int]:
-    """Which of two lines of one response stands: the larger output, then the original, then the older file's."""
-    return row.output, -row.is_sidechain, -row.origin
+def _rank(row: UsageRow) -> tuple[int, int, int, int]:
+    """Which of two lines of one response stands: the later revision, then the larger output, the original, the older
+    file's."""
+    return row.revision, row.output, -row.is_sidechain, -row.origin
 
 
-def _worth_keeping(usage: Usage) -> tuple[int, bool, int]:
+def _worth_keeping(usage: Usage) -> tuple[int, int, bool, int]:
     """The same before it is a row."""
-    return usage.output, not usage.is_sidechain, -usage.order
+    return usage.revision, usage.output, not usage.is_sidechain, -usage.order
 
 
 def _group_key(row: UsageRow) -> tuple[int, ...]:

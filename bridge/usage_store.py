@@ -57,6 +57,7 @@ class UsageRow(NamedTuple):
     duration: int | None
     project: int | None
     user: int | None
+    revision: int = 0
 
 
 class SessionRow(NamedTuple):
@@ -243,9 +244,10 @@ class UsageStore:
             " cache_write_5m = excluded.cache_write_5m, cache_write_1h = excluded.cache_write_1h,"
             " request = excluded.request, origin = excluded.origin, is_sidechain = excluded.is_sidechain,"
             " shown_output = excluded.shown_output, cost = excluded.cost, cost_source = excluded.cost_source,"
-            " project = excluded.project"
-            f" where is_history = {LOADING} and (excluded.output, -excluded.is_sidechain, -excluded.origin)"
-            " > (output, -is_sidechain, -origin)",
+            " project = excluded.project, revision = excluded.revision"
+            f" where is_history = {LOADING}"
+            " and (excluded.revision, excluded.output, -excluded.is_sidechain, -excluded.origin)"
+            " > (revision, output, -is_sidechain, -origin)",
             (row[1:] for row in rows),
         )
 

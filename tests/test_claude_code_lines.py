@@ -16,6 +16,7 @@ from bridge.model import Drop, Event, Resource, Source, Usage
 from bridge.otlp import CONTENT_KEYS
 from bridge.tools.claude_code import EVENT_KEYS, read_event
 from bridge.tools.claude_code_lines import TRANSCRIPTS, read_line
+from bridge.tools.claude_code_lines import Lines as LineReader
 from tests.recordings import EXPECTED, RUNS
 from tests.transcript_tree import Case, Request, Truth, edge_cases, progress, response, write_edge_cases, write_tree
 
@@ -26,7 +27,7 @@ LAWS = settings(derandomize=True, deadline=None, max_examples=300)
 def usages(content: bytes, order: int = 0) -> tuple[list[Usage], list[Drop]]:
     """All that a file says, repeats included, and why lines of it were refused."""
     lines = Lines(TRANSCRIPTS.keys)
-    reader = TRANSCRIPTS.reader("", order, b"")
+    reader = LineReader("", order, b"")
     read = [reader.read(line) for line in lines.feed(content)]
     found = [usage for result in read if not isinstance(result, Drop) for usage in result]
     return found, [result for result in read if isinstance(result, Drop)]
@@ -129,7 +130,7 @@ QUOTING = [{"type": "tool_use", "input": {"usage": {"input_tokens": 10, "output_
     ],
 )
 def test_a_line_that_repeats_the_one_before_says_nothing_new(line: bytes, is_repeat: bool) -> None:
-    reader = TRANSCRIPTS.reader("", 7, b"")
+    reader = LineReader("", 7, b"")
     first = reader.read(OFTEN)
     assert isinstance(first, tuple)
     said, alone = reader.read(line), read_line(line, 7)
@@ -140,7 +141,7 @@ def test_a_line_that_repeats_the_one_before_says_nothing_new(line: bytes, is_rep
 
 
 def test_repeats_of_a_refused_line_are_refused() -> None:
-    reader = TRANSCRIPTS.reader("", 7, b"")
+    reader = LineReader("", 7, b"")
     wrong = OFTEN.replace(b'"output_tokens":20', b'"output_tokens":-20')
     assert [reader.read(line) for line in (wrong, wrong)] == [Drop.NEGATIVE] * 2
 

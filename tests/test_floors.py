@@ -12,7 +12,7 @@ BRIDGE = Path(__file__).parents[1] / "bridge"
 FLOORS = (
     ("model",),
     ("values", "join", "frame", "tools.fields", "tools.tool"),
-    ("tools.events", "tools.claude_code_lines"),
+    ("tools.events", "tools.claude_code_lines", "tools.gemini_lines"),
     ("tools.*", "otlp", "naming", "temporality", "pricing", "exposition", "reports", "budgets", "jsonl", "edits",
      "config", "units"),
     ("tools.known",),

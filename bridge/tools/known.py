@@ -6,18 +6,21 @@ Law: this is the only list of tools. Each module says what its tool's names mean
 from collections.abc import Iterable, Set
 
 from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Refusal, Usage, UsageCell
-from bridge.tools import claude_code, claude_code_lines
+from bridge.tools import claude_code, claude_code_lines, gemini, gemini_lines
 from bridge.tools.tool import Quantity, Transcripts
 
-TRANSCRIPTS: dict[str, Transcripts] = {claude_code.TOOL: claude_code_lines.TRANSCRIPTS}
+TRANSCRIPTS: dict[str, Transcripts] = {
+    claude_code.TOOL: claude_code_lines.TRANSCRIPTS,
+    gemini_lines.TOOL: gemini_lines.TRANSCRIPTS,
+}
 """By tool, in the order in which they are looked at."""
 REPORTING = frozenset({claude_code.TOOL})
 """Tools whose metrics tell of cost."""
-EVENT_KEYS = claude_code.EVENT_KEYS
+EVENT_KEYS = {**claude_code.EVENT_KEYS, **gemini.EVENT_KEYS}
 """The events that are asked for anything, and the attributes of them that may leave the decoder."""
 SESSION_KEYS = frozenset({"session.id"})
 """Attributes that name a tool's session, by which sources are joined."""
-_METRICS = {"claude_code": claude_code}
+_METRICS = {"claude_code": claude_code, **dict.fromkeys(gemini.TOOLS, gemini)}
 """By the first part of a metric's name."""
 
 
@@ -44,10 +47,11 @@ def read_events(events: Iterable[Event]) -> tuple[list[Usage], list[DataPoint], 
     points: list[DataPoint] = []
     refused: list[Refusal] = []
     for event in events:
-        usage = claude_code.read_event(event)
+        module = gemini if event.name in gemini.EVENT_KEYS else claude_code
+        usage = module.read_event(event)
         if isinstance(usage, Drop):
-            refused.append(Refusal(usage, f"{claude_code.TOOL}.{event.name}"))
+            refused.append(Refusal(usage, event.name if "." in event.name else f"{claude_code.TOOL}.{event.name}"))
         elif usage is not None:
             usages.append(usage)
-        points += claude_code.event_points(event)
+        points += module.event_points(event)
     return usages, points, refused

@@ -123,8 +123,8 @@ def profile(tree: Path) -> None:
     """Where the time goes: reading all files, then storing what they said."""
     follower = transcripts.Follower.__new__(transcripts.Follower)
     follower._tools = {f"{tree}/projects/": TRANSCRIPTS}
-    found = transcripts._files(str(tree / "projects"), TRANSCRIPTS.suffixes)
-    rows = [row for path, _ in found if (row := transcripts._first_row(path))]
+    found = transcripts._files(str(tree / "projects"), TRANSCRIPTS)
+    rows = [row for path, _ in found if (row := transcripts._first_row(TRANSCRIPTS, path))]
     chunks: list[transcripts.Chunk] = []
 
     def read() -> None:
