@@ -717,8 +717,8 @@ class Store:
         One that changed nothing costs no sync and gets no commit number; the function that is yielded tells
         afterwards whether there is one.
         """
-        self.execute("begin immediate")
         try:
+            self.execute("begin immediate")
             before = self._connection.total_changes
             yield lambda: self._connection.total_changes > before
             if self._connection.total_changes > before:
