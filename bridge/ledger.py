@@ -340,8 +340,8 @@ class Ledger:
             loaded = bookkeeper.open(self._mark, self.floors.knows)
             self.lost = bookkeeper.lost
         except BaseException as error:
-            call(self._started.set_exception, error)
             call(self._stopped.set_result, None)
+            call(self._started.set_exception, error)  # last: the loop may end on it
             return
         call(self._load, *loaded)
         call(self._started.set_result, None)

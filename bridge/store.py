@@ -52,6 +52,8 @@ SCHEMA_VERSION = 1 + len(MIGRATIONS)
 DATABASE = "state.db"
 LOCK = "lock"
 SERVED = "served.bin"
+PATIENCE_MS = 100
+"""How long a checkpoint that must not hold anybody up waits for readers."""
 THOROUGH_BYTES = 64 * 2**20
 """Up to this size a start compares every index with its table as well: a hundredth of a second for 20 MB."""
 KEPT_COPIES, KEPT_DAYS = 3, 7
@@ -686,13 +688,22 @@ class Store:
             raise
 
     def reopen(self) -> None:
-        """Drop the connection and take a new one: what the disk holds is the state."""
+        """Drop the connection and take a new one: what the disk holds is the state.
+
+        A sync that failed once may have lost what it was to write although reading still shows it, and a later one does
+        not bring it back. So everything is written once more, to the database itself, before anything builds on it.
+        """
         try:
             self._connection.close()
             self._connection = self._connect(self.path)
             self._configure()
+            self._connection.execute(f"pragma busy_timeout = {PATIENCE_MS}")
+            ((is_busy, *_),) = self._connection.execute("pragma wal_checkpoint(truncate)")
+            self._connection.execute("pragma busy_timeout = 5000")
         except sqlite3.Error as error:
             raise self._unavailable(error) from error
+        if is_busy:
+            raise StoreUnavailable("a reader holds the WAL, which cannot be trusted after the last failure")
 
     def touch(self) -> None:
         """Write something that changes nothing, to see whether the disk takes it. Raises StoreUnavailable."""
@@ -706,7 +717,7 @@ class Store:
     def close(self) -> None:
         """Checkpoint and close; no WAL is left behind unless somebody reads or the disk refuses."""
         with contextlib.suppress(sqlite3.Error):
-            self._connection.execute("pragma busy_timeout = 100")
+            self._connection.execute(f"pragma busy_timeout = {PATIENCE_MS}")
             self._connection.execute("pragma wal_checkpoint(truncate)")
         self._connection.close()
 

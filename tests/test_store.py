@@ -607,6 +607,25 @@ def test_a_disk_that_fails_three_times_in_a_minute_is_given_up_and_a_full_one_ne
         assert rig.totals == TRUTHS[0]
 
 
+def test_after_an_io_error_nothing_is_acknowledged_on_a_log_that_may_not_be_there(
+    disk: FailingDisk, tmp_path: Path
+) -> None:
+    """While somebody reads, the WAL cannot be emptied into the database; what it holds may not survive power loss."""
+    with rig_in(tmp_path, connect=watched(disk)) as rig:
+        rig.post(BODIES[0])
+        with closing(sqlite3.connect(f"file:{rig.directory / DATABASE}?mode=ro", uri=True)) as reader:
+            reader.execute("begin")
+            reader.execute("select count(*) from series").fetchone()
+            disk.fail_at(1)
+            with pytest.raises(StoreUnavailable):
+                rig.post(BODIES[1])
+            assert (rig.directory / f"{DATABASE}-wal").stat().st_size
+            with pytest.raises(StoreUnavailable, match="a reader holds the WAL"):
+                rig.post(BODIES[1])
+        rig.post(BODIES[1])
+        assert rig.totals == TRUTHS[1]
+
+
 def test_a_quota_and_a_read_only_file_system_are_no_broken_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
