@@ -576,7 +576,7 @@ class Bookkeeper:
         key = _digest((metric.id, job, instance, labels))
         row = self._store.series(key)
         if row is None:
-            expires = bool(instance) or any(name == "session.id" for name, _ in labels)
+            expires = bool(instance) or any(known.is_of_a_session(name, text) for name, text in labels)
             born, now = self._commits + 1, self._now
             new = SeriesRow(0, metric.id, job, instance, labels, 0, 0, 0, born, now, now, expires)
             if self._was_shown(metric, new):

@@ -187,7 +187,8 @@ class Usage(Struct, frozen=True, gc=False):
     `key` names the observation for ever (16 bytes); `request_id` is the API's, empty where the source has none;
     `message` (8 bytes, or empty) names the response among copies of it; `order` (Unix ms) says which of several
     copies is the original: the least; of copies with another `revision` the greatest stands. `cost` is in nano-dollars,
-    None where the source does not tell it.
+    None where the source does not tell it. `names` are further names of the request, remembered like its key; `twins`
+    are what others may have named it by.
     """
 
     tool: str
@@ -214,6 +215,8 @@ class Usage(Struct, frozen=True, gc=False):
     project: str = ""
     user: str = ""
     revision: int = 0
+    names: tuple[bytes, ...] = ()
+    twins: tuple[bytes, ...] = ()
 
     @property
     def cache_write(self) -> int:
@@ -225,7 +228,8 @@ class UsageCell(NamedTuple):
     """Where the points of a stream belong in the join: a tool's session and model, and what they count.
 
     `kind` is input, output, cache_read or cache_write, whose tokens are disjoint; or `prompt`, all of a prompt, and
-    `cached`, what of it was read from a cache; or `usd`, the tool's own cost in nano-dollars.
+    `cached` and `written`, what of it was read from and written to a cache; or `usd`, the tool's own cost in
+    nano-dollars.
     """
 
     tool: str

@@ -1032,10 +1032,12 @@ class _Nesting(NamedTuple):
     time: str
     start: str = ""
     parent: str = ""
+    observed: str = ""
 
 
 _LOGS = _Nesting(
-    ExportLogsServiceRequest, "resource_logs", "scope_logs", "log_records", "event_name", "time_unix_nano"
+    ExportLogsServiceRequest, "resource_logs", "scope_logs", "log_records", "event_name", "time_unix_nano",
+    observed="observed_time_unix_nano",
 )  # fmt: skip
 _TRACES = _Nesting(
     ExportTraceServiceRequest, "resource_spans", "scope_spans", "spans", "name", "end_time_unix_nano",
@@ -1045,6 +1047,8 @@ _TRACES = _Nesting(
 
 def decode_logs(body: bytes, encoding: Encoding, wanted: EventKeys, content_keys: Set[str] = CONTENT_KEYS) -> Records:
     """The log records by event name, and the `wanted` attributes of the events that `wanted` names.
+
+    The attribute `event.name` goes before the record's own name, which some libraries fill with a place in the source.
 
     The values of `content_keys` in a resource do not leave this function.
     """
@@ -1100,7 +1104,8 @@ def _protobuf_records(body: bytes, nesting: _Nesting, keys_of: _KeysOf, content_
             _bound(records)
             for record in records:
                 named = (item.value.string_value for item in record.attributes if item.key == "event.name")
-                name = getattr(record, nesting.name) or next(named, "")
+                own_name = getattr(record, nesting.name)
+                name = own_name if nesting is _TRACES else next(named, "") or own_name
                 keys = keys_of(name)
                 event = None
                 if keys is not None:
@@ -1112,7 +1117,7 @@ def _protobuf_records(body: bytes, nesting: _Nesting, keys_of: _KeysOf, content_
                     start = getattr(record, nesting.start) if nesting.start else 0
                     parent = getattr(record, nesting.parent).hex() if nesting.parent else ""
                     trace, span = record.trace_id.hex(), record.span_id.hex()
-                    time = getattr(record, nesting.time)
+                    time = getattr(record, nesting.time) or getattr(record, nesting.observed or nesting.time)
                     event = Event(name, attributes, time, resource, trace, span, parent, start)
                 yield resource, name, event
 
@@ -1130,7 +1135,8 @@ def _json_records(body: bytes, nesting: _Nesting, keys_of: _KeysOf, content_keys
             for record in _members(scope_records, own.records):
                 items = record.get("attributes") or ()
                 named = ((i.get("value") or {}).get("stringValue") for i in items if i.get("key") == "event.name")
-                name = _text(record.get(own.name) or next(named, ""))
+                own_name = record.get(own.name)
+                name = _text(own_name if nesting is _TRACES else next(named, "") or own_name)
                 keys = keys_of(name)
                 event = None
                 if keys is not None:
@@ -1141,6 +1147,7 @@ def _json_records(body: bytes, nesting: _Nesting, keys_of: _KeysOf, content_keys
                     }
                     trace, span, parent = (_hex(record.get(id_)) for id_ in ("traceId", "spanId", own.parent))
                     time, start = (_unsigned(record.get(member)) for member in (own.time, own.start))
+                    time = time or _unsigned(record.get(own.observed))
                     event = Event(name, attributes, time, resource, trace, span, parent, start)
                 yield resource, name, event
 

@@ -34,6 +34,7 @@ from prometheus_client.registry import Collector
 from bridge import __version__, supervisor
 from bridge.exposition import Format
 from bridge.model import Observation
+from bridge.tools import known
 
 MAX_LOG_BYTES = 10 * 2**20
 LOG_FILES = 3
@@ -138,7 +139,7 @@ class Telemetry:
 
     def note_export(self, service: str, signal: str) -> None:
         """Remember that a service sent something now."""
-        tool = _tool(service)
+        tool = known.tool_of_service(service)
         if tool not in self._tools:
             tool = tool if len(self._tools) < MAX_NAMES and _is_plain_name(tool) else "other"
             self._tools.add(tool)
@@ -157,11 +158,6 @@ class Telemetry:
         if wanted.openmetrics:
             return bytes(openmetrics_exposition.generate_latest(registry))  # type: ignore[no-untyped-call]  # same
         return exposition.generate_latest(registry)
-
-
-def _tool(service: str) -> str:
-    """The tool of a service.name; `claude-code`, `claude-code-desktop` are one."""
-    return "claude_code" if service.startswith("claude-code") else service
 
 
 def _is_plain_name(name: str) -> bool:

@@ -6,7 +6,7 @@ from there to the model's truth, and a served counter is the larger of what it w
 happens in the transaction of whoever calls; after a failed one, `load` reads everything again.
 """
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -152,6 +152,8 @@ class UsageBooks:
                 delta = Cell(prompt=amount)
             case "cached":
                 delta = Cell(metrics=(0, 0, amount, 0))
+            case "written":
+                delta = Cell(metrics=(0, 0, 0, amount))
             case kind:
                 delta = Cell(metrics=_of_kind(kind, amount))
         if cell.tool not in self._reporting:
@@ -164,9 +166,10 @@ class UsageBooks:
         match cell.kind:
             case "prompt":
                 price = self._price_of(cell, "input", time_ms)
-            case "cached":  # the prompt's sum holds it at the price of input
-                cached, new = (self._price_of(cell, kind, time_ms) for kind in ("cache_read", "input"))
-                return delta if cached is None or new is None else _costing(delta, amount, cached - new)
+            case "cached" | "written":  # the prompt's sum holds it at the price of input
+                own = "cache_read" if cell.kind == "cached" else "cache_write"
+                part, new = (self._price_of(cell, kind, time_ms) for kind in (own, "input"))
+                return delta if part is None or new is None else _costing(delta, amount, part - new)
             case kind:
                 price = self._price_of(cell, kind, time_ms)
         return delta._replace(metrics_unpriced=amount) if price is None else _costing(delta, amount, price)
@@ -199,7 +202,7 @@ class UsageBooks:
         candidate = self._row(usage, is_history=False)
         known = self._store.by_key(candidate.key)
         if known is None:
-            if self._store.is_forgotten(candidate.key) or candidate.request in self._recent:
+            if self._is_twin(usage, candidate.key) or candidate.request in self._recent:
                 return False
             self._judge(self._store.add(candidate._replace(is_counted=0)), None)
             return True
@@ -210,10 +213,18 @@ class UsageBooks:
         self._judge(changed, known)
         return True
 
-    def load_history(self, usages: Iterable[Usage], now: int) -> None:
+    def _is_twin(self, usage: Usage, key: bytes) -> bool:
+        """Whether a request without a row is known by another name, or its row was deleted; remembers all its names."""
+        if not usage.names and not usage.twins:
+            return self._store.is_forgotten(key)
+        is_known = bool(self._store.known_keys((key, *usage.twins)))
+        self._store.remember(usage.names)
+        return is_known
+
+    def load_history(self, usages: Sequence[Usage], now: int) -> None:
         """Requests of before the first look, in bulk: stored for the reports, never served."""
         best: dict[tuple[bytes, bytes], Usage] = {}
-        for usage in usages:  # most lines repeat the one before
+        for usage in self._without_twins(usages):  # most lines repeat the one before
             known = best.get((usage.message, usage.key))
             if known is None or _worth_keeping(usage) > _worth_keeping(known):
                 best[usage.message, usage.key] = usage
@@ -222,6 +233,21 @@ class UsageBooks:
             if row.request and row.time > now - RECENT_MS:
                 self._recent[row.request] = None
         self._store.load_history(rows)
+
+    def _without_twins(self, usages: Sequence[Usage]) -> Sequence[Usage]:
+        """The requests that are not known by another name; all names are remembered. They are of one tool."""
+        if not usages or not usages[0].twins:
+            return usages
+        known = self._store.known_keys({name for usage in usages for name in (usage.key, *usage.twins)})
+        kept: list[Usage] = []
+        for usage in usages:
+            is_row = known.get(usage.key, False)
+            if is_row or known.keys().isdisjoint((usage.key, *usage.twins)):
+                kept.append(usage)
+                known[usage.key] = True
+            known.update((name, False) for name in usage.names if name not in known)
+        self._store.remember(name for usage in usages for name in usage.names)
+        return kept
 
     def finish_history(self) -> None:
         """All history is loaded."""

@@ -3,7 +3,7 @@
 Like the store, this knows SQL and nothing of what the rows mean; every call stands in a transaction of the store's.
 
 Tables, with what bounds them:
-  usage      one row a request and source, for `history_days`; its key stays for ever in `usage_key`
+  usage      one row a request and source, for `history_days`; its key stays for ever in `usage_key`, with other names
   session    one row a session of a tool, for ever
   model      one row a tool and normalised model, at most MAX_MODELS in all
   label      projects and users, each text once
@@ -22,6 +22,7 @@ from bridge.join import Cell, Worth
 from bridge.store import Store, proved
 
 MAX_INTEGER = 2**63 - 1
+_MAX_PARAMETERS = 500
 LOADING, LOADED = 1, 2
 """Values of `is_history`: read, and not yet summed up; and that done."""
 REQUESTS, HISTORY, METRICS = 0, 1, 2
@@ -204,6 +205,22 @@ class UsageStore:
         """Whether a row of this key was there once and was deleted for its age."""
         return self._store.execute("select 1 from usage_key where key = ?", (key,)).fetchone() is not None
 
+    def known_keys(self, keys: Iterable[bytes]) -> dict[bytes, bool]:
+        """Those of some keys that name a request, and whether a row stands under them."""
+        known: dict[bytes, bool] = {}
+        remaining = tuple(keys)
+        while remaining:
+            some, remaining = remaining[:_MAX_PARAMETERS], remaining[_MAX_PARAMETERS:]
+            marks = ", ".join("?" * len(some))
+            for table, has_row in (("usage_key", False), ("usage", True)):
+                rows = self._store.execute(f"select key from {table} where key in ({marks})", some)
+                known.update((row[0], has_row) for row in rows)
+        return known
+
+    def remember(self, keys: Iterable[bytes]) -> None:
+        """Remember keys without a row."""
+        self._store.executemany("insert or ignore into usage_key values (?)", ((key,) for key in keys))
+
     def by_request(self, request: bytes) -> list[UsageRow]:
         sql = f"select {_COLUMNS} from usage where request = ? and not is_history"
         return [UsageRow(*row) for row in self._store.execute(sql, (request,))]
@@ -329,7 +346,7 @@ class UsageStore:
     def forget_rows(self, before: int, most: int) -> int:
         """Delete up to `most` rows older than `before` (Unix ms), keeping their keys; their number."""
         old = self._store.execute("select id, key from usage where time < ? limit ?", (before, most)).fetchall()
-        self._store.executemany("insert or ignore into usage_key values (?)", ((key,) for _, key in old))
+        self.remember(key for _, key in old)
         self._store.executemany("delete from usage where id = ?", ((row_id,) for row_id, _ in old))
         return len(old)
 

@@ -13,6 +13,8 @@ FLOORS = (
     ("model",),
     ("values", "join", "frame", "tools.fields", "tools.tool"),
     ("tools.events", "tools.claude_code_lines", "tools.gemini_lines"),
+    ("tools.limits",),
+    ("tools.codex_lines",),
     ("tools.*", "otlp", "naming", "temporality", "pricing", "exposition", "reports", "budgets", "jsonl", "edits",
      "config", "units"),
     ("tools.known",),
@@ -30,7 +32,7 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )  # fmt: skip
-LAST_PURE_FLOOR = 4
+LAST_PURE_FLOOR = 6
 IMPURE = {"asyncio", "os", "time", "sqlite3", "threading", "socket"}
 
 MODULES = {

@@ -397,7 +397,7 @@ def test_history_that_a_process_has_counted_in_its_metrics_is_reported_once(
         if is_first:
             books.tell(metrics)
         with books.store.transaction():
-            books.books.load_history((usage(request, Source.TRANSCRIPT) for request in old), 2 * HOUR)
+            books.books.load_history([usage(request, Source.TRANSCRIPT) for request in old], 2 * HOUR)
             books.books.finish_history()
         if not is_first:
             books.tell(metrics)

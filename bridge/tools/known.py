@@ -6,22 +6,36 @@ Law: this is the only list of tools. Each module says what its tool's names mean
 from collections.abc import Iterable, Set
 
 from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Refusal, Usage, UsageCell
-from bridge.tools import claude_code, claude_code_lines, gemini, gemini_lines
+from bridge.tools import claude_code, claude_code_lines, codex, codex_lines, gemini, gemini_lines
 from bridge.tools.tool import Quantity, Transcripts
 
 TRANSCRIPTS: dict[str, Transcripts] = {
     claude_code.TOOL: claude_code_lines.TRANSCRIPTS,
+    codex.TOOL: codex_lines.TRANSCRIPTS,
     gemini_lines.TOOL: gemini_lines.TRANSCRIPTS,
 }
 """By tool, in the order in which they are looked at."""
 REPORTING = frozenset({claude_code.TOOL})
 """Tools whose metrics tell of cost."""
-EVENT_KEYS = {**claude_code.EVENT_KEYS, **gemini.EVENT_KEYS}
+EVENT_KEYS = {**claude_code.EVENT_KEYS, **codex.EVENT_KEYS, **gemini.EVENT_KEYS}
 """The events that are asked for anything, and the attributes of them that may leave the decoder."""
-SESSION_KEYS = frozenset({"session.id"})
+SESSION_KEYS = frozenset({"session.id", "conversation.id"})
 """Attributes that name a tool's session, by which sources are joined."""
-_METRICS = {"claude_code": claude_code, **dict.fromkeys(gemini.TOOLS, gemini)}
+_METRICS = {"claude_code": claude_code, "codex": codex, **dict.fromkeys(gemini.TOOLS, gemini)}
 """By the first part of a metric's name."""
+_EVENTS = {name: module for module in (claude_code, codex, gemini) for name in module.EVENT_KEYS}
+_SERVICES = {"claude-code": claude_code.TOOL, "codex": codex.TOOL}
+"""By what a service.name begins with."""
+
+
+def tool_of_service(service: str) -> str:
+    """The tool of a service.name: `claude-code` and `claude-code-desktop` are one, as `codex_exec` and `codex_tui`."""
+    return next((tool for start, tool in _SERVICES.items() if service.lower().startswith(start)), service)
+
+
+def is_of_a_session(key: str, text: str) -> bool:
+    """Whether an attribute of a metric's points ends with a session, and its series with it."""
+    return key == "session.id" or codex.is_of_a_session(key, text)
 
 
 def quantity(metric: Metric) -> Quantity | None:
@@ -47,10 +61,11 @@ def read_events(events: Iterable[Event]) -> tuple[list[Usage], list[DataPoint], 
     points: list[DataPoint] = []
     refused: list[Refusal] = []
     for event in events:
-        module = gemini if event.name in gemini.EVENT_KEYS else claude_code
+        module = _EVENTS[event.name]
         usage = module.read_event(event)
         if isinstance(usage, Drop):
-            refused.append(Refusal(usage, event.name if "." in event.name else f"{claude_code.TOOL}.{event.name}"))
+            name = event.name if "." in event.name else f"{module.TOOL}.{event.name}"
+            refused.append(Refusal(usage, name))
         elif usage is not None:
             usages.append(usage)
         points += module.event_points(event)
