@@ -17,6 +17,7 @@ examples:
   claude-otel-bridge                            run on localhost:4318
   claude-otel-bridge --listen 127.0.0.1:14318   run on another port
   claude-otel-bridge install                    run as a service, now and at every login
+  claude-otel-bridge report                     tokens and cost of every day
   claude-otel-bridge config show                the settings in force, as a config.toml
   curl localhost:4318/v1/metrics                what XRG reads
   curl localhost:4318/metrics                   what Prometheus reads
@@ -66,9 +67,49 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("action", choices=("show", "check"), help="print the settings in force, or only check them")
     backup = commands.add_parser("backup", help="copy the state to a new file, also while the bridge runs")
     backup.add_argument("file", metavar="FILE", type=Path, help="where to; what exists is not overwritten")
+    _add_report(commands)
     _add_client_commands(commands)
     _add_service(commands)
     return root
+
+
+_REPORT = """\
+What was used, from the bridge's own records: of all sources joined, also of what the tools themselves have deleted.
+Without KIND, by day. All kinds add up to the same total. `blocks` are five hours from the hour of a first request on,
+of Claude Code unless --tool names another, with the gaps between them and what the active one comes to.
+"""
+_REPORT_MORE = """\
+examples:
+  claude-otel-bridge report                               every day
+  claude-otel-bridge report monthly --csv                 for a spreadsheet
+  claude-otel-bridge report model --since 7d              the last seven days by model
+  claude-otel-bridge report session --project . --json    the sessions in this directory
+  claude-otel-bridge report blocks --active               what this block comes to
+
+A day is 2026-11-28, 20261128, today, yesterday or 7d. A tool or a model is named by a part of its name, a project by a
+path or by the end of one; all of them by patterns with * and ?.
+"""
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser(
+        "report",
+        help="tokens and cost by day, session, project, model, ...",
+        description=_REPORT,
+        epilog=_REPORT_MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = ("daily", "weekly", "monthly", "session", "project", "model", "tool", "blocks")
+    report.add_argument("kind", nargs="?", choices=kinds, default="daily", metavar="KIND", help=", ".join(kinds))
+    report.add_argument("--since", metavar="DAY", help="first day")
+    report.add_argument("--until", metavar="DAY", help="last day")
+    for name in ("tool", "project", "model"):
+        report.add_argument(f"--{name}", action="append", metavar=name.upper(), help=f"only this {name}, repeatable")
+    report.add_argument("--timezone", metavar="ZONE", help="days and hours of this zone, as in Europe/Berlin (local)")
+    report.add_argument("--active", action="store_true", help="of blocks, only the one that is not over yet")
+    form = report.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--csv", action="store_true", help="as CSV")
 
 
 _SERVICE = {
@@ -101,9 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
+    options = parser().parse_args(arguments)
+    if options.command == "report":
+        from bridge import reporting
+
+        return reporting.run(options, os.environ, str(Path.home()))
     from bridge import config as settings
 
-    options = parser().parse_args(arguments)
     try:
         file = _config_file(options.config, of_system=getattr(options, "system", False))
         text = file.read_text(encoding="utf-8") if file else ""
@@ -171,13 +216,13 @@ def _config_file(given: str | None, *, of_system: bool) -> Path | None:
     """The settings file: --config or BRIDGE_CONFIG, which must exist; else the first of the usual places that does."""
     if named := given or os.environ.get("BRIDGE_CONFIG"):
         return Path(named).expanduser()
-    xdg = os.environ.get("XDG_CONFIG_HOME", "")
-    places = [Path(xdg) if xdg.startswith("/") else Path.home() / ".config"]
+    file = Path("/etc/claude-otel-bridge/config.toml")
     if of_system:
-        places = [Path("/etc")]
-    elif sys.platform == "darwin":
-        places.insert(0, Path.home() / "Library" / "Application Support")
-    return next((file for place in places if (file := place / "claude-otel-bridge" / "config.toml").exists()), None)
+        return file if file.exists() else None
+    from bridge import place
+
+    found = place.config_file(None, sys.platform, os.environ, str(Path.home()))
+    return Path(found) if found else None
 
 
 # --- setup, doctor, completion ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from bridge import __version__, pricing, supervisor
+from bridge import __version__, place, pricing, supervisor
 from bridge.bookkeeper import LedgerSettings, Recover
 from bridge.config import Config
 from bridge.filesystem import distrust
@@ -72,12 +72,7 @@ class StartError(Exception):
 
 def default_state_dir(platform: str, environment: "os._Environ[str] | dict[str, str]", home: Path) -> Path:
     """Where state is kept: XDG's place, on macOS Application Support."""
-    if platform == "darwin":
-        return home / "Library" / "Application Support" / "claude-otel-bridge"
-    base = environment.get("XDG_STATE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    root = Path(base) if base.startswith("/") else home / ".local" / "state"
-    return root / "claude-otel-bridge"
+    return Path(place.default_state_dir(platform, environment, str(home)))
 
 
 def state_directory(config: Config) -> Path:

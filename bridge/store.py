@@ -38,18 +38,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 import msgspec
 
+from bridge.database import DATABASE as DATABASE
+from bridge.database import MIGRATIONS as MIGRATIONS
+from bridge.database import SCHEMA_VERSION as SCHEMA_VERSION
+from bridge.database import is_open, open_to_read
 from bridge.model import ExponentialHistogram, Histogram, Summary, Value
 from bridge.temporality import Run
 
-MIGRATIONS: tuple[str, ...] = ()
-"""SQL that leads from one schema version to the next: the first from 1 to 2. A new database takes the same way, so
-that an old one that was upgraded and a new one are equal."""
-SCHEMA_VERSION = 1 + len(MIGRATIONS)
-DATABASE = "state.db"
 LOCK = "lock"
 SERVED = "served.bin"
 PATIENCE_MS = 100
@@ -303,7 +301,7 @@ def back_up(directory: Path, target: Path) -> Copy:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         os.close(descriptor)
         partial = Path(name)
-        with contextlib.closing(_read_only(source)) as connection:
+        with contextlib.closing(open_to_read(str(source))) as connection:
             connection.execute("vacuum into ?", (str(partial.absolute()),))
         copy = _read_copy(partial)
         sync(partial)
@@ -328,24 +326,20 @@ def whole_copies(directory: Path, version: int) -> Iterator[Copy]:
         with contextlib.suppress(sqlite3.Error, StoreUnavailable):
             if _copy_name(path)[0] <= version:
                 copy = _read_copy(path)
-                with contextlib.closing(_read_only(path)) as connection:
+                with contextlib.closing(open_to_read(str(path))) as connection:
                     check_rows(connection)
                 yield copy
 
 
 def _read_copy(path: Path) -> Copy:
     """What stands in a copy; raises sqlite3.DatabaseError when it is not whole or not ours."""
-    with contextlib.closing(_read_only(path)) as connection:
+    with contextlib.closing(open_to_read(str(path))) as connection:
         ((finding,),) = connection.execute("pragma quick_check(1)")
         if finding != "ok":
             raise sqlite3.DatabaseError(f"database disk image is malformed: {finding}")
         ((version,),) = connection.execute("pragma user_version")
         ((commits,),) = connection.execute("select commits from meta")
     return Copy(path, version, commits, path.stat().st_size)
-
-
-def _read_only(path: Path, mode: str = "mode=ro") -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(str(path.absolute()))}?{mode}", uri=True, isolation_level=None, timeout=5)
 
 
 def sync(path: Path) -> None:
@@ -996,8 +990,8 @@ def inspect(directory: Path) -> Inspection | None:
         if not path.exists():
             return None
         # Without a WAL nobody has it open, and reading it in the usual way would leave files behind.
-        mode = "mode=ro" if Path(f"{path}-wal").exists() else "immutable=1"
-        with contextlib.closing(_read_only(path, mode)) as connection:
+        mode = "mode=ro" if is_open(str(path)) else "immutable=1"
+        with contextlib.closing(open_to_read(str(path), mode)) as connection:
             (version,) = connection.execute("pragma user_version").fetchone()
             if version != SCHEMA_VERSION:
                 return Inspection(version)

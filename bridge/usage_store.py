@@ -29,7 +29,7 @@ REQUESTS, HISTORY, METRICS = 0, 1, 2
 """Values of `part` in rollups: requests; those of before the first look; what metrics add to the requests."""
 QUARTER_MS = 900_000
 """Every time zone's days begin with a quarter of an hour."""
-MAX_QUARTER = 281_711_539
+MAX_QUARTER = 281_523_071
 """That of the year 9998: what is later, by a broken clock, is counted there."""
 
 

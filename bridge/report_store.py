@@ -1,0 +1,129 @@
+"""What reports ask of the database. Like the other stores, this knows SQL and nothing of what the rows mean.
+
+Law: every question is answered from the rollups and adds up all that they hold, so that no two reports differ. Nothing
+here is slower than a scan of them, and it starts fast.
+"""
+
+import sqlite3
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bridge.reports import Amount, Model, Names, Row, Segment
+
+_AMOUNT = (
+    "sum(requests), sum(input), sum(output), sum(cache_read), sum(cache_write_5m + cache_write_1h),"
+    " sum(cache_write_1h), sum(cost), sum(unpriced)"
+)
+_PROJECT = "case when rollup.project then rollup.project else coalesce(session.project, 0) end"
+"""What metrics alone saw of a session is of its project as well."""
+_IN_TIME = "from rollup join session on session.id = rollup.session where quarter >= ? and quarter < ?"
+
+
+class Progress(NamedTuple):
+    """How far history is read; `unsettled`: something of it is in no report yet."""
+
+    unsettled: bool
+    files: int
+    files_done: int
+    bytes: int
+    bytes_done: int
+
+
+class Limit(NamedTuple):
+    """What a tool's vendor said last of a limit: the part of it that is used, and when (Unix nanoseconds)."""
+
+    tool: str
+    window: str
+    value: float
+    time: int
+
+
+def span(connection: sqlite3.Connection) -> tuple[int, int]:
+    """The quarters [begin, end) that have usage."""
+    ((first, last),) = connection.execute("select min(quarter), max(quarter) from rollup")
+    return (0, 0) if first is None else (first, last + 1)
+
+
+def by_day(connection: sqlite3.Connection, segment: Segment) -> Iterator[Row]:
+    """By day since 1970 of the segment's offset."""
+    sql = f"select (quarter * 900 + ?) / 86400, model, 0, max(quarter), {_AMOUNT} from rollup"
+    values = (segment.offset, segment.begin, segment.end)
+    return _rows(connection.execute(f"{sql} where quarter >= ? and quarter < ? group by 1, 2", values))
+
+
+def by_day_and_project(connection: sqlite3.Connection, segment: Segment) -> Iterator[Row]:
+    sql = f"select (quarter * 900 + ?) / 86400, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 1, 2, 3"
+    return _rows(connection.execute(sql, (segment.offset, segment.begin, segment.end)))
+
+
+def by_hour(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
+    """By hour since 1970."""
+    sql = f"select quarter / 4, model, 0, max(quarter), {_AMOUNT} from rollup"
+    return _rows(connection.execute(f"{sql} where quarter >= ? and quarter < ? group by 1, 2", (begin, end)))
+
+
+def by_hour_and_project(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
+    sql = f"select quarter / 4, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 1, 2, 3"
+    return _rows(connection.execute(sql, (begin, end)))
+
+
+def by_session(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
+    sql = f"select rollup.session, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 1, 2, 3"
+    return _rows(connection.execute(sql, (begin, end)))
+
+
+def by_project(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
+    sql = f"select 0, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 2, 3"
+    return _rows(connection.execute(sql, (begin, end)))
+
+
+def by_model(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
+    sql = f"select 0, model, 0, max(quarter), {_AMOUNT} from rollup where quarter >= ? and quarter < ? group by 2"
+    return _rows(connection.execute(sql, (begin, end)))
+
+
+def _rows(found: sqlite3.Cursor) -> Iterator[Row]:
+    return (Row(key, model, project, last, Amount(*amount)) for key, model, project, last, *amount in found)
+
+
+def names(connection: sqlite3.Connection, *, with_sessions: bool, with_projects: bool) -> Names:
+    """What the numbers stand for."""
+    models = {
+        number: Model(tool, name) for number, tool, name in connection.execute("select id, tool, name from model")
+    }
+    sessions = dict(connection.execute("select id, name from session")) if with_sessions else {}
+    projects = dict(connection.execute("select id, text from label")) if with_projects else {}
+    return Names(models, sessions, projects)
+
+
+def first_request(connection: sqlite3.Connection, begin: int, end: int, tools: set[str]) -> int | None:
+    """When the first request of these tools was made in [begin, end), Unix seconds; None where none is kept."""
+    rows = connection.execute(
+        "select model.tool, min(time) from usage join model on model.id = usage.model"
+        " where time >= ? and time < ? and is_counted group by 1",
+        (begin * 1000, end * 1000),
+    )
+    return min((time // 1000 for tool, time in rows if tool in tools), default=None)
+
+
+def progress(connection: sqlite3.Connection) -> Progress | None:
+    """How far history is read; None where no place of transcripts was looked at."""
+    ((roots, unread),) = connection.execute("select count(*), sum(not looked) from root")
+    ((files, size, files_done, done),) = connection.execute(
+        "select count(*), coalesce(sum(history_end), 0), coalesce(sum(history >= history_end), 0),"
+        " coalesce(sum(min(history, history_end)), 0) from transcript where history_end"
+    )
+    return Progress(unread > 0, files, files_done, size, done) if roots else None
+
+
+def limits(connection: sqlite3.Connection, metric: str) -> list[Limit]:
+    """The gauges of a metric by tool and window."""
+    import json
+
+    rows = connection.execute(
+        "select labels, series.value, time from series join metric on metric.id = series.metric"
+        " where metric.name = ? and kind = 'gauge' and typeof(series.value) in ('integer', 'real')",
+        (metric,),
+    )
+    told = ((dict(json.loads(labels)), value, time) for labels, value, time in rows)
+    return [Limit(pairs.get("tool", ""), pairs.get("window", ""), float(value), time) for pairs, value, time in told]

@@ -1,0 +1,261 @@
+"""The command `report`: asks the database, also while a bridge writes it, and prints a table, JSON or CSV."""
+
+import io
+import os
+import sqlite3
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, date, datetime, timedelta, tzinfo
+from typing import NamedTuple
+
+from bridge import report_store, reports, tables
+from bridge.database import Unreadable, read
+from bridge.place import Misplaced, find
+from bridge.reports import BLOCK_HOURS, PERIODS, QUARTER, Block, Names, Offset, Row, Selection
+from bridge.tables import Scope, ShownBlock
+
+BLOCKS_OF = "claude_code"
+"""The tool whose blocks are shown when none is named: each vendor counts its own."""
+WIDTH = 120
+"""Columns where there is no terminal, and most that are used."""
+
+
+class Refused(Exception):
+    """An argument makes no sense; the text says which, what is expected and what was given."""
+
+
+class Zone(NamedTuple):
+    """A time zone as reports need it."""
+
+    name: str
+    offset: Offset
+
+
+class Found(NamedTuple):
+    """What the database holds for a report."""
+
+    rows: list[Row]
+    names: Names
+    progress: report_store.Progress | None
+    first_request: int | None
+
+
+def run(options: Namespace, environment: Mapping[str, str], home: str) -> int:
+    """Print the report that is asked for; the exit code."""
+    now = int(time.time())
+    try:
+        place = find(vars(options), sys.platform, environment, home)
+        zone = _zone(options.timezone, now)
+        selection = _selection(options, _today(zone, now))
+        found = read(place.state_dir, lambda connection: _ask(connection, options.kind, selection, zone, now))
+    except Refused as error:
+        sys.stderr.write(f"claude-otel-bridge: {error}\n")
+        return os.EX_USAGE
+    except Misplaced as error:
+        sys.stderr.write(f"claude-otel-bridge: {error}\n")
+        return os.EX_CONFIG
+    except Unreadable as error:
+        sys.stderr.write(f"claude-otel-bridge: {error}\n")
+        return error.exit_code
+    is_complete = _tell_progress(found.progress, has_transcripts=place.transcripts)
+    _tell_unmatched(found.names, selection)
+    scope = _scope(selection, zone, is_complete=is_complete)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        sys.stdout.write(_rendered(options, found, selection, zone, scope, now))
+        sys.stdout.flush()
+    except BrokenPipeError:  # a pager that was left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return os.EX_OK
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------
+
+
+def _zone(name: str | None, now: int) -> Zone:
+    if name is None:
+        return Zone(f"local time ({time.strftime('%Z', time.localtime(now))})", lambda at: time.localtime(at).tm_gmtoff)
+    if name.upper() in ("UTC", "Z"):
+        return Zone("UTC", lambda _: 0)
+    import zoneinfo
+
+    try:
+        found = zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        raise Refused(f"--timezone {name}: expected a name such as Europe/Berlin or UTC") from None
+    return Zone(name, lambda at: _offset(found, at))
+
+
+def _offset(zone: tzinfo, at: int) -> int:
+    offset = datetime.fromtimestamp(at, zone).utcoffset()
+    return int(offset.total_seconds()) if offset is not None else 0
+
+
+def _today(zone: Zone, now: int) -> date:
+    return datetime.fromtimestamp(now + zone.offset(now), UTC).date()
+
+
+def _selection(options: Namespace, today: date) -> Selection:
+    since, until = _day("--since", options.since, today), _day("--until", options.until, today)
+    if since is not None and until is not None and since > until:
+        raise Refused(f"--since {since} is after --until {until}")
+    projects = tuple(map(_path, options.project or ()))
+    return Selection(since, until, tuple(options.tool or ()), projects, tuple(options.model or ()))
+
+
+def _day(flag: str, text: str | None, today: date) -> date | None:
+    """A day as 2026-11-28, 20261128, `today`, `yesterday` or `7d` (seven days, today included)."""
+    if text is None:
+        return None
+    try:
+        match text.lower():
+            case "today":
+                return today
+            case "yesterday":
+                return today - timedelta(days=1)
+            case days if days.endswith("d") and days[:-1].isdecimal():
+                return today - timedelta(days=max(0, int(days[:-1]) - 1))
+        return date.fromisoformat(text)
+    except (ValueError, OverflowError):
+        raise Refused(f"{flag} {text}: expected a day such as 2026-11-28, 20261128, today, yesterday or 7d") from None
+
+
+def _path(pattern: str) -> str:
+    """A project's pattern; one that is written as a place on this machine becomes that place."""
+    is_place = pattern.startswith((".", "~"))
+    return os.path.realpath(os.path.expanduser(pattern)) if is_place else pattern  # noqa: PTH111  # a text stays one
+
+
+def _scope(selection: Selection, zone: Zone, *, is_complete: bool) -> Scope:
+    since, until = (day.isoformat() if day else "" for day in (selection.since, selection.until))
+    named = (("tool", selection.tools), ("project", selection.projects), ("model", selection.models))
+    filters = tuple(f"{name} {' or '.join(patterns)}" for name, patterns in named if patterns)
+    return Scope(zone.name, since, until, filters, is_complete)
+
+
+# --- what is found ---------------------------------------------------------------------------------------------
+
+
+def _ask(connection: sqlite3.Connection, kind: str, selection: Selection, zone: Zone, now: int) -> Found:
+    has_projects = kind in ("session", "project") or bool(selection.projects)
+    names = report_store.names(connection, with_sessions=kind == "session", with_projects=has_projects)
+    progress = report_store.progress(connection)
+    begin, end = report_store.span(connection)
+    if kind == "blocks":
+        by_hour = report_store.by_hour_and_project if has_projects else report_store.by_hour
+        rows = list(by_hour(connection, begin, end))
+        since = now - BLOCK_HOURS * 3600
+        first = report_store.first_request(connection, since, now + 1, _block_tools(selection, names))
+        return Found(rows, names, progress, first)
+    parts = (reports.limited(part, selection) for part in reports.segments(begin, end, zone.offset))
+    rows = [row for part in parts for row in _rows(connection, kind, part, has_projects=has_projects)]
+    return Found(rows, names, progress, None)
+
+
+def _rows(
+    connection: sqlite3.Connection, kind: str, part: reports.Segment, *, has_projects: bool
+) -> Iterator[Row]:  # fmt: skip
+    if kind in PERIODS:
+        by_day = report_store.by_day_and_project if has_projects else report_store.by_day
+        return by_day(connection, part)
+    if kind == "session":
+        return report_store.by_session(connection, part.begin, part.end)
+    by = report_store.by_project if has_projects else report_store.by_model
+    return by(connection, part.begin, part.end)
+
+
+def _block_tools(selection: Selection, names: Names) -> set[str]:
+    tools = selection.tools or (BLOCKS_OF,)
+    return {model.tool for model in names.models.values() if reports.is_named(model.tool, tools)}
+
+
+def _tell_progress(progress: report_store.Progress | None, *, has_transcripts: bool) -> bool:
+    """Say on standard error what is not in the report yet; whether all is in it."""
+    if progress is None:
+        if has_transcripts:
+            sys.stderr.write("No transcript has been looked at yet; these numbers are of metrics and events alone.\n")
+        return not has_transcripts
+    if progress.unsettled:
+        sys.stderr.write(
+            f"History is still being read: {progress.files_done:,} of {progress.files:,} files,"
+            f" {progress.bytes_done >> 20:,} of {progress.bytes >> 20:,} MiB; it is not in these numbers yet.\n"
+        )
+    return not progress.unsettled
+
+
+def _tell_unmatched(names: Names, selection: Selection) -> None:
+    """Say on standard error which pattern no known name matches."""
+    for flag, patterns, known in (
+        ("--tool", selection.tools, {model.tool for model in names.models.values()}),
+        ("--model", selection.models, {model.name for model in names.models.values()}),
+    ):
+        for pattern in patterns:
+            if not any(reports.is_named(name, (pattern,)) for name in known):
+                shown = ", ".join(sorted(map(tables.plain, known))[:20]) or "none"
+                sys.stderr.write(f"{flag} {tables.plain(pattern)}: nothing of that name was used; known are {shown}\n")
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------
+
+
+def _rendered(options: Namespace, found: Found, selection: Selection, zone: Zone, scope: Scope, now: int) -> str:
+    if options.kind == "blocks":
+        return _blocks(options, found, selection, zone, scope, now)
+    rows = reports.select(found.rows, found.names, selection)
+    report = reports.report(options.kind, rows, found.names, lambda quarter: _minute(zone, quarter * QUARTER))
+    if options.json:
+        return tables.as_json(report, scope)
+    return tables.as_csv(report) if options.csv else tables.text(report, scope, _width())
+
+
+def _blocks(options: Namespace, found: Found, selection: Selection, zone: Zone, scope: Scope, now: int) -> str:
+    selection = selection._replace(tools=selection.tools or (BLOCKS_OF,))
+    rows = reports.select(found.rows, found.names, selection)
+    chosen = [
+        block
+        for block in reports.blocks(rows, now // 3600)
+        if _is_within(block, selection, zone) and not (options.active and not _is_active(block, now))
+    ]
+    shown = [_shown(block, found, zone, now) for block in chosen]
+    used = [one for one in shown if not one.block.is_gap]
+    everything: Iterable[Row] = (row for one in used for row in one.block.rows)
+    report = reports.summed("blocks", (one.entry for one in used), everything, found.names)
+    scope = scope._replace(filters=_scope(selection, zone, is_complete=True).filters)
+    if options.json:
+        return tables.blocks_json(shown, report, scope)
+    return tables.as_csv(report) if options.csv else tables.blocks_text(shown, report, scope, _width())
+
+
+def _is_within(block: Block, selection: Selection, zone: Zone) -> bool:
+    day = _today(zone, block.begin * 3600)
+    return (selection.since or date.min) <= day <= (selection.until or date.max)
+
+
+def _is_active(block: Block, now: int) -> bool:
+    return not block.is_gap and block.begin * 3600 <= now < block.end * 3600
+
+
+def _shown(block: Block, found: Found, zone: Zone, now: int) -> ShownBlock:
+    start, end = (_minute(zone, hour * 3600) for hour in block[:2])
+    burn = None
+    if _is_active(block, now):
+        first = max(found.first_request or 0, block.begin * 3600)
+        burn = reports.burn(block, first, now)
+    return ShownBlock(start, end, block, reports.entry((start, end), block.rows, found.names), burn)
+
+
+def _minute(zone: Zone, at: int) -> str:
+    return f"{datetime.fromtimestamp(at + zone.offset(at), UTC):%Y-%m-%d %H:%M}"
+
+
+def _width() -> int:
+    """Columns of the terminal, at most WIDTH."""
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return min(int(os.environ["COLUMNS"]), WIDTH)
+    try:
+        return min(os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH, WIDTH)
+    except (OSError, ValueError):
+        return WIDTH
