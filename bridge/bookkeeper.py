@@ -6,12 +6,14 @@ loop, and nothing of the loop knows what stands here but the receipts and the ch
 """
 
 import math
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from bridge.mark import Mark
 from bridge.model import (
@@ -62,6 +64,7 @@ CUMULATIVE_FACTOR = 1_000
 """A cumulative value holds a whole process, so it may be this much larger than one delta."""
 OVERFLOW = (("otel.metric.overflow", "true"),)
 """The labels of the series that takes what is above a limit."""
+_NUMBER = (int, float)
 _IDENTIFYING = frozenset({"service.namespace", "service.name", "service.instance.id"})
 
 
@@ -112,7 +115,8 @@ class _Origin(msgspec.Struct, frozen=True):
     """What the points of one Metric share, worked out once.
 
     `scale` is 0 where sums stay as sent. `identity` is the beginning of the streams' keys, `labelled` names the
-    resource's part of the labels: a stream whose sender was upgraded feeds another series from then on.
+    resource's part of the labels: a stream whose sender was upgraded feeds another series from then on. A number
+    between 0 and `limit` needs no closer look; nothing is below a `limit` of -1. `streams` are those that were found.
     """
 
     row: MetricRow
@@ -124,6 +128,9 @@ class _Origin(msgspec.Struct, frozen=True):
     target: tuple[tuple[str, str], ...]
     scale: int
     limit: float
+    is_counting: bool
+    is_delta: bool
+    streams: dict[Attributes, "_Stream"]
 
 
 class _Stream(msgspec.Struct):
@@ -134,13 +141,19 @@ class _Stream(msgspec.Struct):
     cell: UsageCell | None
 
 
+class _Cycle(msgspec.Struct):
+    """The delta identities of one writer and end time; the first `stored` bytes of them are on disk."""
+
+    members: bytearray
+    stored: int
+
+
 class _Books(msgspec.Struct):
-    """What one transaction changed so far. `members` are the delta identities by (writer, end time)."""
+    """What one transaction changed so far. `cycles` are the delta identities by (writer, end time)."""
 
     series: dict[int, SeriesRow] = {}
     runs: dict[tuple[int, int, int], Run] = {}
-    members: dict[tuple[int, int], bytearray] = {}
-    writers: dict[int, WriterRow] = {}
+    cycles: dict[tuple[int, int], _Cycle] = {}
     requests: set[bytes] = set()
     totals: dict[str, int] = {}
     targets: dict[tuple[str, str], TargetRow] = {}
@@ -287,18 +300,28 @@ class Bookkeeper:
         store = self._store
         store.write_series(books.series.values())
         store.write_runs(books.runs)
-        store.write_delta_members((*key, bytes(members)) for key, members in books.members.items())
-        store.write_writers((row.latest, self._now, row.id) for row in books.writers.values())
+        grown = [(key, cycle) for key, cycle in books.cycles.items() if len(cycle.members) > cycle.stored]
+        store.write_delta_members((*key, bytes(cycle.members)) for key, cycle in grown)
+        store.write_writers((row.latest, self._now, row.id) for row in self._extend_writers(key for key, _ in grown))
         store.write_totals(books.totals.items())
         store.write_requests(books.requests, self._now)
         for target in books.targets.values():
             store.write_target(target)
+
+    def _extend_writers(self, cycles: Iterable[tuple[int, int]]) -> list[WriterRow]:
+        """The writers of some cycles, each with its latest end."""
+        extended: dict[int, WriterRow] = {}
+        for writer, time in cycles:
+            row = self._writers[writer]
+            extended[writer] = self._writers[writer] = row._replace(latest=max(row.latest, time))
+        return list(extended.values())
 
     def _post(self, request: Post) -> Receipt:
         points, refused = request.batch.points, list(request.batch.refused)
         metric: Metric | None = None
         origin: _Origin | Drop
         posted: list[tuple[_Origin, _Stream, StreamRow, DataPoint]] = []
+        needs_hash = False
         for point in points:
             if point.metric is not metric:
                 metric = point.metric
@@ -312,7 +335,8 @@ class Bookkeeper:
             else:
                 stream = self._stream(origin, point)
                 posted.append((origin, stream, stream.row, point))
-        if request.transcript is None and any(_needs_body_hash(stream, point) for _, stream, _, point in posted):
+                needs_hash = needs_hash or _needs_body_hash(origin, stream, point)
+        if needs_hash and request.transcript is None:
             body_hash = blake2b(request.body, digest_size=16).digest()
             if body_hash in self._books.requests or self._store.has_request(body_hash):
                 return Receipt(0, len(posted), tuple(refused))
@@ -345,12 +369,12 @@ class Bookkeeper:
 
     def _post_point(self, origin: _Origin, stream: _Stream, point: DataPoint) -> bool | Drop:
         """Count one point: whether it was new, or why it is refused."""
-        metric, value = point.metric, point.value
-        if value is None or not _is_counting(metric):
-            return self._set(stream, point)
-        if origin.scale and isinstance(value, int | float):
+        value = point.value
+        if value is None or not origin.is_counting:
+            return self._set(origin, stream, point)
+        if origin.scale and isinstance(value, _NUMBER):
             value = round(value * origin.scale)
-        if metric.temporality is Temporality.CUMULATIVE:
+        if not origin.is_delta:
             return self._advance(origin, stream, value, point)
         if stream.row.writer and point.time:
             known = self._is_known(stream.row, point)
@@ -390,14 +414,14 @@ class Bookkeeper:
 
     # --- what a point changes ---
 
-    def _set(self, stream: _Stream, point: DataPoint) -> bool:
+    def _set(self, origin: _Origin, stream: _Stream, point: DataPoint) -> bool:
         """The later value wins. A counter that has ended keeps what it counted."""
         row = self._series_row(stream.row.series)
-        if point.time < row.time or (point.value is None and _is_counting(point.metric)):
+        if point.time < row.time or (point.value is None and origin.is_counting):
             return False
         is_news = point.time > row.time or point.value != row.value
-        self._books.series[row.id] = self._series[row.id] = row._replace(
-            value=point.value, time=point.time, seen=self._now
+        self._books.series[row.id] = self._series[row.id] = replace(
+            row, value=point.value, time=point.time, seen=self._now
         )
         return is_news
 
@@ -409,15 +433,15 @@ class Bookkeeper:
         total = add(row.value or 0, amount)
         if isinstance(total, int):
             total = max(min(total, MAX_INTEGER), -MAX_INTEGER)
-        self._books.series[row.id] = self._series[row.id] = row._replace(
-            value=total, time=max(row.time, time), seen=self._now
+        self._books.series[row.id] = self._series[row.id] = replace(
+            row, value=total, time=max(row.time, time), seen=self._now
         )
 
     def _return(self, origin: _Origin, stream: _Stream, row: SeriesRow) -> SeriesRow:
         """A series that had left comes back as a new counter; above a limit, its stream feeds the overflow series."""
         if self._limit_met(origin.row.id) is None:
             self._books.new_series[origin.row.id] += 1
-            return row._replace(base=row.value or 0, born=self._commits + 1, birth=self._now)
+            return replace(row, base=row.value or 0, born=self._commits + 1, birth=self._now)
         series = self._series_of(origin.row, "", "", OVERFLOW)
         self._store.move_stream(stream.row.id, series, stream.row.labelled)
         stream.row = stream.row._replace(series=series)
@@ -453,24 +477,25 @@ class Bookkeeper:
 
     def _is_known(self, stream: StreamRow, point: DataPoint) -> bool | Drop:
         """Whether a delta point was counted before; remembers it. TOO_OLD where that was forgotten."""
-        writer = self._writers.get(stream.writer) or self._store.writer_by_id(stream.writer)
-        if point.time <= writer.forgotten:
-            return Drop.TOO_OLD
-        cycle = (writer.id, point.time)
-        members = self._books.members.get(cycle)
-        if members is None:
-            # Beyond the writer's latest end nothing can be on disk.
-            stored = self._store.delta_members(*cycle) if point.time <= writer.latest else b""
-            members = bytearray(stored)
+        cycle = self._books.cycles.get((stream.writer, point.time)) or self._open_cycle(stream.writer, point.time)
+        if isinstance(cycle, Drop):
+            return cycle
         identity = delta_identity(stream.id, point)
-        if _holds(members, identity):
+        if _holds(cycle.members, identity):
             return True
-        members += identity
-        self._books.members[cycle] = members
-        self._books.writers[writer.id] = self._writers[writer.id] = writer._replace(
-            latest=max(writer.latest, point.time)
-        )
+        cycle.members += identity
         return False
+
+    def _open_cycle(self, writer: int, time: int) -> _Cycle | Drop:
+        row = self._writers.get(writer)
+        if row is None:
+            row = self._writers[writer] = self._store.writer_by_id(writer)
+        if time <= row.forgotten:
+            return Drop.TOO_OLD
+        # Beyond the writer's latest end nothing can be on disk.
+        stored = self._store.delta_members(writer, time) if time <= row.latest else b""
+        cycle = self._books.cycles[writer, time] = _Cycle(bytearray(stored), len(stored))
+        return cycle
 
     # --- lookups ---
 
@@ -514,8 +539,16 @@ class Bookkeeper:
             digest_size=16,
         )
         labelled = _digest((row.id, job, shown_instance, added, self._labelling))
-        limit = quantity.limit if quantity else 0.0
-        return _Origin(row, identity, labelled, job, shown_instance, tuple(added), target, scale, limit)
+        is_delta = metric.temporality is Temporality.DELTA
+        limit = sys.float_info.max
+        if quantity:
+            limit = quantity.limit if is_delta else quantity.limit * CUMULATIVE_FACTOR
+        if metric.temporality is Temporality.UNSPECIFIED:
+            limit = -1.0
+        return _Origin(
+            row, identity, labelled, job, shown_instance, tuple(added), target, scale, limit, _is_counting(metric),
+            is_delta, {},
+        )  # fmt: skip
 
     def _note_target(self, origin: _Origin) -> None:
         """Remember the resource attributes of a job and instance, as the last export had them."""
@@ -528,6 +561,16 @@ class Bookkeeper:
         self._targets[key] = self._books.targets[key] = TargetRow(*key, origin.target, self._now)
 
     def _stream(self, origin: _Origin, point: DataPoint) -> _Stream:
+        stream = origin.streams.get(point.attributes)
+        if stream is None:
+            stream = origin.streams[point.attributes] = self._find_stream(origin, point)
+        if stream.row.labelled != origin.labelled:
+            series = self._find_series(origin, point.attributes)
+            self._store.move_stream(stream.row.id, series, origin.labelled)
+            stream.row = stream.row._replace(series=series, labelled=origin.labelled)
+        return stream
+
+    def _find_stream(self, origin: _Origin, point: DataPoint) -> _Stream:
         hasher = origin.identity.copy()
         hasher.update(msgspec.msgpack.encode(point.attributes))
         key: bytes = hasher.digest()
@@ -536,10 +579,6 @@ class Bookkeeper:
             row = self._store.stream(key) or self._add_stream(key, origin, point)
             total = claude_code.total_key(point.metric.name, point.attributes) if origin.scale else None
             stream = self._streams[key] = _Stream(row, total, known.usage_cell(point.metric, point.attributes))
-        if stream.row.labelled != origin.labelled:
-            series = self._find_series(origin, point.attributes)
-            self._store.move_stream(stream.row.id, series, origin.labelled)
-            stream.row = stream.row._replace(series=series, labelled=origin.labelled)
         return stream
 
     def _add_stream(self, key: bytes, origin: _Origin, point: DataPoint) -> StreamRow:
@@ -580,7 +619,7 @@ class Bookkeeper:
             born, now = self._commits + 1, self._now
             new = SeriesRow(0, metric.id, job, instance, labels, 0, 0, 0, born, now, now, expires)
             if self._was_shown(metric, new):
-                new = new._replace(born=0)
+                new = replace(new, born=0)
             row = self._store.add_series(key, new)
             self._books.new_series[metric.id] += 1
             self._books.series[row.id] = row
@@ -633,14 +672,12 @@ def _text_length(metric: Metric) -> int:
 
 def _refusal(origin: _Origin, point: DataPoint) -> Drop | None:
     """Why a point must not be counted, as far as the point itself tells."""
-    value, metric = point.value, point.metric
-    if value is None:
+    value = point.value
+    if value is None or (isinstance(value, _NUMBER) and 0 <= value <= origin.limit):
         return None
-    if origin.scale and isinstance(value, int | float):
-        limit = origin.limit if metric.temporality is Temporality.DELTA else origin.limit * CUMULATIVE_FACTOR
-        if math.isfinite(value) and value > limit:
-            return Drop.IMPLAUSIBLE
-    return refusal(metric, value)
+    if origin.scale and isinstance(value, _NUMBER) and math.isfinite(value) and value > origin.limit >= 0:
+        return Drop.IMPLAUSIBLE
+    return refusal(point.metric, value)
 
 
 def _whole(amount: Value) -> int:
@@ -656,13 +693,11 @@ def _whole(amount: Value) -> int:
             return 0
 
 
-def _needs_body_hash(stream: _Stream, point: DataPoint) -> bool:
+def _needs_body_hash(origin: _Origin, stream: _Stream, point: DataPoint) -> bool:
     """Whether nothing but the body's hash tells a repeat of this point from a second one."""
-    if not _is_counting(point.metric):
+    if not origin.is_counting:
         return True
-    if point.metric.temporality is Temporality.DELTA:
-        return not stream.row.writer or not point.time
-    return not point.start
+    return not (stream.row.writer and point.time if origin.is_delta else point.start)
 
 
 def _is_counting(metric: Metric) -> bool:

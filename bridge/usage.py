@@ -6,9 +6,11 @@ from there to the model's truth, and a served counter is the larger of what it w
 happens in the transaction of whoever calls; after a failed one, `load` reads everything again.
 """
 
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from hashlib import blake2b
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from bridge.join import (
     KINDS,
@@ -89,6 +91,14 @@ class Survey(NamedTuple):
     conflicts: int
 
 
+class _Report(Struct):
+    """What the points of one cell reported in a transaction: their sum, and the earliest times of end and start."""
+
+    amount: int
+    time_ms: int
+    since_ms: int
+
+
 class UsageBooks:
     """Adds usage in the transaction of its caller. `price` gives nano-dollars or None, `normalise` a model's name.
 
@@ -120,6 +130,7 @@ class UsageBooks:
         self._begin()
 
     def _begin(self) -> None:
+        self._reports: dict[tuple[UsageCell, int], _Report] = {}
         self._dirty_cells: set[tuple[int, int]] = set()
         self._dirty_truths: set[int] = set()
         self._rollups: dict[RollupKey, list[int]] = {}
@@ -144,22 +155,39 @@ class UsageBooks:
     # --- metrics ---
 
     def add_metric(self, cell: UsageCell, amount: int, time_ms: int, since_ms: int) -> None:
-        """Tokens, or nano-dollars, that a metric reported at a time; it counts `since` (Unix ms)."""
-        match cell.kind:
-            case "usd":
-                delta = Cell(metrics_cost=amount)
-            case "prompt":
-                delta = Cell(prompt=amount)
-            case "cached":
-                delta = Cell(metrics=(0, 0, amount, 0))
-            case "written":
-                delta = Cell(metrics=(0, 0, 0, amount))
-            case kind:
-                delta = Cell(metrics=_of_kind(kind, amount))
+        """Tokens, or nano-dollars, that a metric reported at a time; it counts `since` (Unix ms).
+
+        What is not estimated is added up until something depends on it: an export tells of one cell many times.
+        """
         if cell.tool not in self._reporting:
-            delta = self._estimated(delta, cell, amount, time_ms)
-        self._add_to_cell(self._session(cell.tool, cell.session), self._model(cell.tool, cell.model), delta, time_ms)
-        self._note_since(self._session(cell.tool, cell.session), since_ms)
+            delta = self._estimated(_reported({cell.kind: amount}), cell, amount, time_ms)
+            self._add_reported(cell.tool, cell.session, cell.model, delta, time_ms, since_ms)
+            return
+        key = (cell, _quarter(time_ms))
+        report = self._reports.get(key)
+        if report is None:
+            self._reports[key] = _Report(amount, time_ms, since_ms)
+        else:
+            report.amount += amount
+            report.since_ms = min(report.since_ms, since_ms)
+
+    def _book_reports(self) -> None:
+        """Book what metrics reported."""
+        if not self._reports:
+            return
+        reports, self._reports = self._reports, {}
+        together: dict[tuple[str, str, str, int], dict[str, _Report]] = {}
+        for (cell, quarter), report in reports.items():
+            together.setdefault((cell.tool, cell.session, cell.model, quarter), {})[cell.kind] = report
+        for (tool, session, model, _), kinds in together.items():
+            delta = _reported({kind: report.amount for kind, report in kinds.items()})
+            time_ms = min(report.time_ms for report in kinds.values())
+            since_ms = min(report.since_ms for report in kinds.values())
+            self._add_reported(tool, session, model, delta, time_ms, since_ms)
+
+    def _add_reported(self, tool: str, session: str, model: str, delta: Cell, time_ms: int, since_ms: int) -> None:
+        self._add_to_cell(self._session(tool, session), self._model(tool, model), delta, time_ms)
+        self._note_since(self._session(tool, session), since_ms)
 
     def _estimated(self, delta: Cell, cell: UsageCell, amount: int, time_ms: int) -> Cell:
         """The delta with what the table says that its tokens cost."""
@@ -199,6 +227,7 @@ class UsageBooks:
 
     def add(self, usage: Usage) -> bool:
         """One request as one source tells of it; whether that was news."""
+        self._book_reports()
         candidate = self._row(usage, is_history=False)
         known = self._store.by_key(candidate.key)
         if known is None:
@@ -422,12 +451,14 @@ class UsageBooks:
 
     def touched(self) -> list[tuple[SessionRow, str, Cell]]:
         """The cells that changed since the last flush: session, model, cell."""
+        self._book_reports()
         sessions = {row.id: row for row in self._sessions.values()}
         models = {row.id: row.name for row in self._models.values()}
         return [(sessions[key[0]], models[key[1]], self._cells[key]) for key in self._dirty_cells]
 
     def flush(self, commit: int, now: int) -> UsageChange:
         """Write what changed since the last flush; `commit` is the number that the transaction will get."""
+        self._book_reports()
         self._write_sums()
         changed: list[ServedRow] = []
         for model in self._dirty_truths:
@@ -525,6 +556,18 @@ class UsageBooks:
         if label is None:
             label = self._labels[text] = self._store.label(text[:1_000])
         return label
+
+
+def _reported(amounts: Mapping[str, int]) -> Cell:
+    """The cell of what metrics reported, by the kinds of UsageCell."""
+    of = amounts.get
+    tokens = (
+        of("input", 0),
+        of("output", 0),
+        of("cache_read", 0) + of("cached", 0),
+        of("cache_write", 0) + of("written", 0),
+    )
+    return Cell(metrics=tokens, metrics_cost=of("usd", 0), prompt=of("prompt", 0))
 
 
 def _is_original(row: UsageRow | None) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from bridge.ledger import Ledger
 from bridge.mark import Floors, Mark, MarkUnreadable, Shown, held_up, is_held, read_mark, series_name, write_mark
@@ -285,10 +286,10 @@ def test_a_counter_that_had_begun_anew_is_not_taken_for_its_earlier_life(rig: Ma
 
 def test_a_floor_of_an_earlier_life_holds_nothing() -> None:
     floor = Shown(105, 0, 0)
-    assert is_held(ROW._replace(value=60, base=0), floor)
-    assert not is_held(ROW._replace(value=70, base=60), floor)
+    assert is_held(replace(ROW, value=60, base=0), floor)
+    assert not is_held(replace(ROW, value=70, base=60), floor)
     floors = Floors(Mark(1, {}, (), {series_name(METRIC, ROW): floor}, ()))
-    assert floors.find(METRIC, ROW._replace(value=70, base=60)) is None
+    assert floors.find(METRIC, replace(ROW, value=70, base=60)) is None
     assert len(floors) == 0
 
 
@@ -583,7 +584,7 @@ def shown(prometheus: Prometheus, session: str, value: int) -> None:
 
 
 def test_a_mark_of_ten_thousand_series_is_small_and_soon_written(tmp_path: Path) -> None:
-    rows = [ROW._replace(labels=(("session.id", f"{number:032x}"),)) for number in range(10_000)]
+    rows = [replace(ROW, labels=(("session.id", f"{number:032x}"),)) for number in range(10_000)]
     began = time.process_time()
     series = {series_name(METRIC, row): Shown(row.value or 0, row.base, 1_800_000_000_000) for row in rows}
     write_mark(tmp_path, Mark(1, {}, (), series, ()))
