@@ -190,16 +190,18 @@ def test_large_counters_are_plain_digits(daemon: Daemon) -> None:
 SESSION = {"session.id": "session-00"}
 
 
-def test_a_million_small_costs_add_up_to_the_nano_dollar(daemon: Daemon) -> None:
+def test_many_small_costs_add_up_to_the_nano_dollar(daemon: Daemon, campaign: bool) -> None:
+    """A hundred thousand; in a campaign a million."""
+    sessions = 50 if campaign else 5
     nano_dollars = [1 + at * 7919 % 4999 for at in range(20_000)]
     body = delta_body(COST, [nano / 1e9 for nano in nano_dollars], {"model": "m", **SESSION})
     one = delta_body(COST, [0.00000123], {"model": "m", "session.id": "one"})
     assert daemon.post("/v1/metrics", one, PROTOBUF).status == 200
     assert daemon.samples()["claude_code_cost_usage"] == "0.00000123"
-    for session in range(50):
+    for session in range(sessions):
         data = body.replace(b"session-00", b"session-%02d" % session)
         assert daemon.post("/v1/metrics", data, PROTOBUF).status == 200
-    truth = Decimal(50 * sum(nano_dollars) + 1230).scaleb(-9)
+    truth = Decimal(sessions * sum(nano_dollars) + 1230).scaleb(-9)
     shown = daemon.samples()["claude_code_cost_usage"]
     assert re.fullmatch(r"\d+\.\d{1,9}", shown)
     assert Decimal(shown) == truth

@@ -300,11 +300,10 @@ class Load:
         assert self.daemon.samples()[INPUT] == str(5 * sum(self.posted))
 
 
-def test_killed_again_and_again_under_load_nobody_is_refused(activated: Activated) -> None:
-    """BRIDGE_TEST_KILLS sets how often."""
+def test_killed_again_and_again_under_load_nobody_is_refused(activated: Activated, campaign: bool) -> None:
     load = Load(activated)
     activated.start()
-    load.run(activated.kill, int(os.environ.get("BRIDGE_TEST_KILLS", "20")))
+    load.run(activated.kill, 100 if campaign else 6)
     sys.stdout.write(f"{sum(load.posted)} exports, {load.scrapes} scrapes, {load.cut} repeated\n")
 
 
