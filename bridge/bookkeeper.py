@@ -233,7 +233,8 @@ class Bookkeeper:
     def _snapshot(self) -> tuple[Snapshot, UsageChange]:
         snapshot = self._store.snapshot(self._clock_ms() - self._settings.expiry_ms)
         self._clear()
-        usage = self._usage.load()
+        with self._store.reading():
+            usage = self._usage.load()
         self._commits = snapshot.commits
         self._secret = snapshot.secret
         self._metrics = len(snapshot.metrics)

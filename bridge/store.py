@@ -50,6 +50,8 @@ from bridge.temporality import Run
 
 LOCK = "lock"
 SERVED = "served.bin"
+DISK_ERRORS = (sqlite3.Error, UnicodeDecodeError)
+"""What reading and writing can raise; the second where a flipped bit has made text that is none."""
 PATIENCE_MS = 100
 """How long a checkpoint that must not hold anybody up waits for readers."""
 THOROUGH_BYTES = 64 * 2**20
@@ -323,7 +325,7 @@ def back_up(directory: Path, target: Path) -> Copy:
 def whole_copies(directory: Path, version: int) -> Iterator[Copy]:
     """The copies that a program of this schema can go on from, newest first, each read to its last row."""
     for path in copies(directory):
-        with contextlib.suppress(sqlite3.Error, StoreUnavailable):
+        with contextlib.suppress(*DISK_ERRORS, StoreUnavailable):
             if _copy_name(path)[0] <= version:
                 copy = _read_copy(path)
                 with contextlib.closing(open_to_read(str(path))) as connection:
@@ -590,7 +592,7 @@ class Store:
         """One statement. Raises StoreUnavailable."""
         try:
             return self._connection.execute(sql, parameters)
-        except sqlite3.Error as error:
+        except DISK_ERRORS as error:
             raise self._unavailable(error) from error
 
     def executemany(self, sql: str, rows: Iterable[tuple[Any, ...]]) -> None:
@@ -600,7 +602,7 @@ class Store:
         except sqlite3.Error as error:
             raise self._unavailable(error) from error
 
-    def _unavailable(self, error: sqlite3.Error) -> StoreUnavailable:
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
         """SQLite tells of a full disk; quotas and read-only file systems it takes for broken ones."""
         found = _unavailable(error)
         if getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_WRITE" and (why := _refusal(self.path.parent)):
@@ -640,8 +642,8 @@ class Store:
             self._configure()
             if version < self.version:
                 self._upgrade(version, now)
-        except sqlite3.DatabaseError as error:
-            raise self.unusable(error) from None
+        except DISK_ERRORS as error:
+            raise self.unusable(_unavailable(error)) from None
         with contextlib.suppress(OSError):
             for path in directory.glob(f"{DATABASE}*"):
                 path.chmod(0o600)
@@ -736,11 +738,24 @@ class Store:
             if self._connection.total_changes > before:
                 self.execute("update meta set commits = commits + 1")
             self.execute("commit")
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
                 if self._connection.in_transaction:
                     self._connection.execute("rollback")
+            if isinstance(error, DISK_ERRORS):  # of a row that was being read
+                raise self._unavailable(error) from error
             raise
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """What the block reads is of one commit. Raises StoreUnavailable."""
+        self.execute("begin")
+        try:
+            yield
+        except DISK_ERRORS as error:
+            raise self._unavailable(error) from error
+        finally:
+            self.execute("commit")
 
     def resume(
         self, commits: int, scrapers: Iterable[str], joined: Iterable[tuple[str, str, str, int]], now: int
@@ -767,8 +782,7 @@ class Store:
 
     def snapshot(self, expired_before: int) -> Snapshot:
         """What memory needs of the state; series that left before `expired_before` (Unix ms) stay on disk."""
-        self.execute("begin")
-        try:
+        with self.reading():
             ((commits, secret),) = self.execute("select commits, secret from meta")
             return Snapshot(
                 commits,
@@ -786,8 +800,6 @@ class Store:
                 ],
                 dict(self.execute("select key, shown from scraper order by rowid").fetchall()),
             )
-        finally:
-            self.execute("commit")
 
     # --- streams, series, metrics ---
 
@@ -988,7 +1000,9 @@ def _refusal(directory: Path) -> str:
     return ""
 
 
-def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
+def _unavailable(error: Exception) -> StoreUnavailable:
+    if isinstance(error, UnicodeDecodeError):
+        return StoreUnavailable(f"database disk image is malformed: text that is none: {error.reason}")
     name = getattr(error, "sqlite_errorname", type(error).__name__)
     return StoreUnavailable(f"{error} ({name})", disk_full=name == "SQLITE_FULL")
 

@@ -7,9 +7,11 @@ gone, nothing that a scraper has seen is shown to it at 0 again, and no state be
 import os
 import re
 import shutil
+import sqlite3
 import stat
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from msgspec.structs import replace
 from bridge.ledger import Ledger
 from bridge.mark import Floors, Mark, MarkUnreadable, Shown, held_up, is_held, read_mark, series_name, write_mark
 from bridge.model import ExponentialHistogram, Histogram, Value
-from bridge.store import DATABASE, SERVED, MetricRow, SeriesRow, Store, StoreUnavailable, back_up
+from bridge.store import DATABASE, SERVED, Damaged, MetricRow, SeriesRow, Store, StoreUnavailable, back_up
 from bridge.values import add, classic, highest
 from tests.daemon import PROTOBUF, Daemon
 from tests.prometheus import Prometheus, run_prometheus, scrape_config, wait_for
@@ -591,3 +593,27 @@ def test_a_mark_of_ten_thousand_series_is_small_and_soon_written(tmp_path: Path)
     assert time.process_time() - began < 2
     assert (tmp_path / SERVED).stat().st_size < 500_000
     assert read_mark(tmp_path) is not None
+
+
+def test_text_that_a_flipped_bit_has_made_none_is_damage(rig: MarkedRig) -> None:
+    rig.send(tokens("session-of-a-long-name", 0, 5))
+    rig.stop()
+    path = rig.directory / DATABASE
+    path.write_bytes(path.read_bytes().replace(b"session-of-a-long-name", b"session-of-a-long-\xa8ame"))
+    with pytest.raises(Damaged, match=r"malformed|Could not decode"):
+        rig.start()
+
+
+def test_a_changed_value_is_damage(rig: MarkedRig) -> None:
+    for table in ("series", "total", "served"):
+        rig.send("{session: a, type: input, model: claude-opus-4-5, start: 0, time: 60, delta: 5}")
+        rig.stop()
+        image = rig.directory
+        rig.directory = next(rig._directories)
+        shutil.copytree(image, rig.directory)
+        with closing(sqlite3.connect(rig.directory / DATABASE)) as writer, writer:
+            writer.execute(f"update {table} set value = value + 1")
+        with pytest.raises(Damaged, match="a row was changed"):
+            rig.start()
+        rig.directory = image
+        rig.start()
