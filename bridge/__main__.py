@@ -1,6 +1,19 @@
-"""`python -m bridge` is the command `claude-otel-bridge`."""
+"""The command `claude-otel-bridge`, also as `python -m bridge`: a status line cannot wait for all of the others."""
 
-from bridge.cli import main
+import os
+import sys
+
+
+def main() -> None:
+    """Run the command; ends with SystemExit."""
+    if sys.argv[1:] == ["statusline"]:
+        from bridge import statusline
+
+        sys.exit(statusline.main(os.environ, os.path.expanduser("~")))  # noqa: PTH111  # pathlib starts slowly
+    from bridge import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     backup = commands.add_parser("backup", help="copy the state to a new file, also while the bridge runs")
     backup.add_argument("file", metavar="FILE", type=Path, help="where to; what exists is not overwritten")
     _add_report(commands)
+    commands.add_parser("statusline", help="one line for Claude Code's status line", description=_STATUSLINE)
     _add_client_commands(commands)
     _add_service(commands)
     return root
@@ -88,6 +89,13 @@ examples:
 
 A day is 2026-11-28, 20261128, today, yesterday or 7d. A tool or a model is named by a part of its name, a project by a
 path or by the end of one; all of them by patterns with * and ?.
+"""
+
+
+_STATUSLINE = """\
+Claude Code runs it as the command of its status line and hands over a JSON object on standard input: this prints what
+the session, the day and the block of five hours have cost so far, how full the context and the limits are, and records
+the official limits as metrics. `claude-otel-bridge setup --statusline` shows how to switch it on.
 """
 
 
@@ -147,6 +155,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         from bridge import reporting
 
         return reporting.run(options, os.environ, str(Path.home()))
+    if options.command == "statusline":
+        from bridge import statusline
+
+        return statusline.main(os.environ, str(Path.home()), vars(options))
     from bridge import config as settings
 
     try:
@@ -234,6 +246,9 @@ def _add_client_commands(commands: "argparse._SubParsersAction[_Parser]") -> Non
     action = setup.add_mutually_exclusive_group()
     action.add_argument("--write", action="store_true", help="change the tool's settings; without it, only show how")
     action.add_argument("--undo", action="store_true", help="take back what --write did")
+    setup.add_argument(
+        "--statusline", action="store_true", help="also show cost and limits in Claude Code's status line"
+    )
     action.add_argument("--shell", choices=("bash", "zsh", "fish"), help="print Claude Code's environment for a shell")
     doctor = commands.add_parser("doctor", help="say what works and what does not, from the tools to XRG")
     doctor.add_argument("--json", action="store_true", help="the findings as JSON")
@@ -259,16 +274,35 @@ def _client_command(options: argparse.Namespace, config: "Config") -> int:
     if options.shell and options.tool != "claude":
         sys.stderr.write("claude-otel-bridge: --shell is for Claude Code; the others read their settings file\n")
         return os.EX_USAGE
+    if options.statusline and options.tool != "claude":
+        sys.stderr.write("claude-otel-bridge: --statusline is for Claude Code\n")
+        return os.EX_USAGE
     if options.shell:
         sys.stdout.write(setup.exports(address, options.shell))
         return os.EX_OK
     action = "write" if options.write else "undo" if options.undo else "show"
     try:
-        sys.stdout.write(setup.run(options.tool, action, address, os.environ))
+        statusline = _statusline(config) if options.statusline else ""
+        sys.stdout.write(setup.run(options.tool, action, address, os.environ, statusline))
     except setup.SetupError as error:
         sys.stderr.write(f"claude-otel-bridge: {error}\n")
         return error.exit_code
     return os.EX_OK
+
+
+def _statusline(config: "Config") -> str:
+    """The command of the status line, with what is not as usual of the settings that it looks at."""
+    from bridge.config import Config
+    from bridge.service import stable_command
+    from bridge.setup import statusline_command
+
+    usual = Config()
+    changed = {
+        "BRIDGE_STATE_DIR": str(Path(config.state_dir).expanduser().absolute()) if config.state_dir else "",
+        "BRIDGE_LISTEN": config.listen[0] if config.listen != usual.listen else "",
+    }
+    variables = {name: value for name, value in changed.items() if value}
+    return statusline_command(stable_command(Path.home()), variables)
 
 
 def _print_completion(shell: str) -> int:

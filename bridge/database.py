@@ -14,6 +14,7 @@ MIGRATIONS: tuple[str, ...] = ()
 that an old one that was upgraded and a new one are equal."""
 SCHEMA_VERSION = 1 + len(MIGRATIONS)
 DATABASE = "state.db"
+LOCK = "lock"
 
 T = TypeVar("T")
 
@@ -35,6 +36,18 @@ def open_to_read(path: str, mode: str = "mode=ro") -> sqlite3.Connection:
 def is_open(path: str) -> bool:
     """Whether somebody may have the database open: there is a write-ahead log then, also after a crash."""
     return os.path.exists(f"{path}-wal")  # noqa: PTH110  # see above
+
+
+def is_running(directory: str) -> bool:
+    """Whether the bridge that locked a state directory last still runs; of another user's it is taken for granted."""
+    try:
+        with open(f"{directory}/{LOCK}", "rb") as file:  # noqa: PTH123  # see above
+            os.kill(int(file.readline()), 0)
+    except PermissionError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def read(directory: str, ask: Callable[[sqlite3.Connection], T]) -> T:

@@ -11,8 +11,8 @@ from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import NamedTuple
 
 from bridge import report_store, reports, tables
-from bridge.database import Unreadable, read
-from bridge.place import Misplaced, find
+from bridge.database import Unreadable, is_running, read
+from bridge.place import Misplaced, Place, find
 from bridge.reports import BLOCK_HOURS, PERIODS, QUARTER, Block, Names, Offset, Row, Selection
 from bridge.tables import Scope, ShownBlock
 
@@ -59,7 +59,7 @@ def run(options: Namespace, environment: Mapping[str, str], home: str) -> int:
     except Unreadable as error:
         sys.stderr.write(f"claude-otel-bridge: {error}\n")
         return error.exit_code
-    is_complete = _tell_progress(found.progress, has_transcripts=place.transcripts)
+    is_complete = _tell_progress(found.progress, place)
     _tell_unmatched(found.names, selection)
     scope = _scope(selection, zone, is_complete=is_complete)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -172,16 +172,18 @@ def _block_tools(selection: Selection, names: Names) -> set[str]:
     return {model.tool for model in names.models.values() if reports.is_named(model.tool, tools)}
 
 
-def _tell_progress(progress: report_store.Progress | None, *, has_transcripts: bool) -> bool:
+def _tell_progress(progress: report_store.Progress | None, place: Place) -> bool:
     """Say on standard error what is not in the report yet; whether all is in it."""
     if progress is None:
-        if has_transcripts:
+        if place.transcripts:
             sys.stderr.write("No transcript has been looked at yet; these numbers are of metrics and events alone.\n")
-        return not has_transcripts
+        return not place.transcripts
     if progress.unsettled:
+        goes_on = "" if is_running(place.state_dir) else " The bridge goes on with it when it runs."
         sys.stderr.write(
             f"History is still being read: {progress.files_done:,} of {progress.files:,} files,"
-            f" {progress.bytes_done >> 20:,} of {progress.bytes >> 20:,} MiB; it is not in these numbers yet.\n"
+            f" {progress.bytes_done >> 20:,} of {progress.bytes >> 20:,} MiB; it is not in these numbers yet."
+            f"{goes_on}\n"
         )
     return not progress.unsettled
 

@@ -155,6 +155,11 @@ def _day(when: date) -> int:
     return when.toordinal() - _EPOCH.toordinal()
 
 
+def day_of(seconds: int) -> date:
+    """The day of a local time, in seconds since 1970."""
+    return date.fromordinal(_EPOCH.toordinal() + seconds // DAY)
+
+
 def first_quarter(day: date, offset: Offset) -> int:
     """The quarter with which a day begins."""
     around = _day(day) * DAY // QUARTER

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import stat
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ BACKUP_SUFFIX = ".before-claude-otel-bridge"
 RECORD_SUFFIX = ".claude-otel-bridge-undo"
 TOOLS = ("claude", "codex", "gemini")
 SHELLS = ("bash", "zsh", "fish")
+STATUSLINE: edits.Path = ("statusLine",)
 
 
 class SetupError(Exception):
@@ -64,8 +66,8 @@ def home(environment: Mapping[str, str]) -> Path:
     return Path(given) if given.startswith("/") else Path.home()
 
 
-def target(tool: str, environment: Mapping[str, str], address: str) -> Target:
-    """The settings of a tool that should export to the bridge at `address`."""
+def target(tool: str, environment: Mapping[str, str], address: str, statusline: str = "") -> Target:
+    """The settings of a tool that should export to the bridge at `address`; of Claude Code also its status line."""
     match tool:
         case "claude":
             wanted: dict[edits.Path, tuple[Any, str]] = {
@@ -74,6 +76,9 @@ def target(tool: str, environment: Mapping[str, str], address: str) -> Target:
             }
             for name in claude_code.OVERRIDES:
                 wanted["env", name] = (MISSING, "wins over the general one and leads elsewhere")
+            if statusline:
+                shown = {"type": "command", "command": statusline}
+                wanted[STATUSLINE] = (shown, "cost, context and limits in the status line")
             # Of a list of directories, which only transcripts know, the first is the one that is written to.
             first = environment.get("CLAUDE_CONFIG_DIR", "").partition(",")[0].strip()
             file = _place("CLAUDE_CONFIG_DIR", ".claude", {**environment, "CLAUDE_CONFIG_DIR": first}) / "settings.json"
@@ -120,7 +125,7 @@ def changes(aim: Target, text: str) -> list[Change]:
         parent, present = edits.get(parsed, path[:-1]), edits.get(parsed, path)
         if parent is not MISSING and not isinstance(parent, dict):
             raise EditError(f"{'.'.join(path[:-1])} is not an object")
-        if present is MISSING and value is MISSING:
+        if (present is MISSING and value is MISSING) or (path == STATUSLINE and present is not MISSING):
             continue
         is_claude = path[0] == "env" and isinstance(present, str | int)
         if present != value and not (is_claude and claude_code.fits(path[-1], str(present), aim.endpoint)):
@@ -359,9 +364,18 @@ def _replace(file: Path, content: bytes, mode: int | None) -> None:
 # --- the command -----------------------------------------------------------------------------------------------
 
 
-def run(tool: str, action: str, address: str, environment: Mapping[str, str]) -> str:
+def statusline_command(program: tuple[str, ...], variables: Mapping[str, str]) -> str:
+    """What a shell has to run for the status line of this bridge."""
+    assigned = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    return " ".join((*assigned, shlex.join((*program, "statusline"))))
+
+
+def run(tool: str, action: str, address: str, environment: Mapping[str, str], statusline: str = "") -> str:
     """Do what the command asks, `show`, `write` or `undo`; the lines to print."""
-    aim = target(tool, environment, address)
+    aim = target(tool, environment, address, statusline)
+    record = _load(aim.file)
+    if action == "write" and record is not None and STATUSLINE in record.wrote and not statusline:
+        aim = target(tool, environment, address, record.wrote[STATUSLINE]["command"])
     if action == "undo":
         did, left = undo(aim)
         if not did:
@@ -369,9 +383,10 @@ def run(tool: str, action: str, address: str, environment: Mapping[str, str]) ->
         stays = "".join(f"  {name} was changed since, and stays\n" for name in left)
         return f"{aim.file}: {aim.title}'s settings are again what they were before setup.\n{stays}"
     found = write(aim) if action == "write" else show(aim)
+    stays = _statusline_of_others(aim) if statusline else ""
     if not found:
-        return f"{aim.file}: {aim.title} is set to export to {address}; nothing to change.\n"
-    lines = [f"{aim.file} ({aim.title})", *(_line(change) for change in found), ""]
+        return f"{aim.file}: {aim.title} is set to export to {address}; nothing to change.\n{stays}"
+    lines = [f"{aim.file} ({aim.title})", *(_line(change) for change in found), *stays.splitlines(), ""]
     if action == "show":
         lines.append("Nothing has been changed. Write it with --write; take it back later with --undo.")
     else:
@@ -381,6 +396,16 @@ def run(tool: str, action: str, address: str, environment: Mapping[str, str]) ->
             f"Start {aim.title} anew: sessions that run keep their settings. Then try claude-otel-bridge doctor."
         )
     return "\n".join(lines) + "\n"
+
+
+def _statusline_of_others(aim: Target) -> str:
+    """That a status line of the user's own stays, and how both can be had."""
+    wanted, _ = aim.wanted[STATUSLINE]
+    with _explained(aim):
+        present = edits.get(aim.language.parse(_text(_read(aim.file))), STATUSLINE)
+    if present in (MISSING, wanted):
+        return ""
+    return f"  = statusLine is your own and stays; your command can run `{wanted['command']}` with the same input.\n"
 
 
 def _line(change: Change) -> str:

@@ -42,13 +42,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from bridge.database import DATABASE as DATABASE
+from bridge.database import LOCK as LOCK
 from bridge.database import MIGRATIONS as MIGRATIONS
 from bridge.database import SCHEMA_VERSION as SCHEMA_VERSION
 from bridge.database import is_open, open_to_read
 from bridge.model import ExponentialHistogram, Histogram, Summary, Value
 from bridge.temporality import Run
 
-LOCK = "lock"
 SERVED = "served.bin"
 DISK_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 """What reading and writing can raise; the second where a flipped bit has made text that is none."""

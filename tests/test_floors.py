@@ -28,7 +28,7 @@ FLOORS = (
     ("web.server", "web.families"),
     ("web.*", "transcripts", "forwarding"),
     ("daemon",),
-    ("setup", "reporting"),
+    ("setup", "reporting", "statusline"),
     ("service", "doctor", "terminal", "simulator"),
     ("cli",),
     ("__main__",),

@@ -48,7 +48,7 @@ def test_every_shell_command_is_one_that_a_test_runs() -> None:
         r"export \w+=\S+",
         r"curl localhost:4318/v1/metrics",
         r"\.venv/bin/claude-otel-bridge (config show|config check|--help)",
-        r"\.venv/bin/claude-otel-bridge setup( codex| gemini)?( --write| --undo| --shell fish)?",
+        r"\.venv/bin/claude-otel-bridge setup( codex| gemini)?( --write| --undo| --shell fish| --statusline)?",
         r"\.venv/bin/claude-otel-bridge doctor( --json)?",
         r"\.venv/bin/claude-otel-bridge report( \w+)?( --\w+( [\w/]+)?)*",
         r"\.venv/bin/claude-otel-bridge backup claude-otel-bridge\.db",

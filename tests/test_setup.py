@@ -401,6 +401,50 @@ CODEX_HOMES = {
 }
 
 
+# --- the status line -------------------------------------------------------------------------------------------
+
+SHOWN = "BRIDGE_LISTEN=localhost:5318 /opt/bin/claude-otel-bridge statusline"
+
+
+def with_statusline(home: Path, action: str, statusline: str = SHOWN) -> str:
+    return setup.run("claude", action, ENDPOINT, {"HOME": str(home)}, statusline)
+
+
+def test_the_status_line_is_written_only_when_it_is_asked_for_and_taken_back(tmp_path: Path) -> None:
+    file = with_settings(tmp_path, '{"model": "opus"}\n')
+    assert "+ statusLine" in with_statusline(tmp_path, "show")
+    with_statusline(tmp_path, "write", "")
+    assert "statusLine" not in file.read_text()
+    with_statusline(tmp_path, "write")
+    ours = {"type": "command", "command": SHOWN}
+    assert json.loads(file.read_text()) == {"model": "opus", "env": OURS, "statusLine": ours}
+    with_statusline(tmp_path, "write", "")
+    assert json.loads(file.read_text())["statusLine"] == ours
+    assert "nothing to change" in with_statusline(tmp_path, "write")
+    with_statusline(tmp_path, "undo", "")
+    assert file.read_text() == '{"model": "opus"}\n'
+
+
+def test_a_status_line_of_the_user_s_own_stays(tmp_path: Path) -> None:
+    own = {"type": "command", "command": "~/mine.sh"}
+    file = with_settings(tmp_path, json.dumps({"statusLine": own}))
+    for action in ("show", "write", "write"):
+        told = with_statusline(tmp_path, action)
+        assert f"statusLine is your own and stays; your command can run `{SHOWN}`" in told
+    assert json.loads(file.read_text())["statusLine"] == own
+
+
+def test_the_status_line_s_command_is_that_of_this_bridge(tmp_path: Path) -> None:
+    shown = run(tmp_path, "--state-dir", "a b", "--listen", "localhost:5318", "setup", "--statusline")
+    assert shown.returncode == 0, shown.stderr
+    line = next(line for line in shown.stdout.splitlines() if "statusLine" in line)
+    assert f"BRIDGE_STATE_DIR='{Path.cwd() / 'a b'}' BRIDGE_LISTEN=localhost:5318 " in line
+    assert " statusline" in line
+    refused = run(tmp_path, "setup", "codex", "--statusline")
+    assert refused.returncode == os.EX_USAGE
+    assert "--statusline is for Claude Code" in refused.stderr
+
+
 @pytest.mark.parametrize("content", CODEX_HOMES.values(), ids=CODEX_HOMES)
 def test_codex(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / ".codex" / "config.toml"
