@@ -1118,7 +1118,7 @@ def _protobuf_records(body: bytes, nesting: _Nesting, keys_of: _KeysOf, content_
                     parent = getattr(record, nesting.parent).hex() if nesting.parent else ""
                     trace, span = record.trace_id.hex(), record.span_id.hex()
                     time = getattr(record, nesting.time) or getattr(record, nesting.observed or nesting.time)
-                    event = Event(name, attributes, time, resource, trace, span, parent, start)
+                    event = Event(name, attributes, _storable(time), resource, trace, span, parent, _storable(start))
                 yield resource, name, event
 
 
@@ -1148,8 +1148,13 @@ def _json_records(body: bytes, nesting: _Nesting, keys_of: _KeysOf, content_keys
                     trace, span, parent = (_hex(record.get(id_)) for id_ in ("traceId", "spanId", own.parent))
                     time, start = (_unsigned(record.get(member)) for member in (own.time, own.start))
                     time = time or _unsigned(record.get(own.observed))
-                    event = Event(name, attributes, time, resource, trace, span, parent, start)
+                    event = Event(name, attributes, _storable(time), resource, trace, span, parent, _storable(start))
                 yield resource, name, event
+
+
+def _storable(time: int) -> int:
+    """A time that a database can hold; what an event tells counts also where its time is absurd."""
+    return time if time <= MAX_INT64 else 0
 
 
 def _json_scalar(value: Any) -> EventValue | None:

@@ -1224,6 +1224,17 @@ def test_injured_logs_and_spans_are_names_or_errors(path: str) -> None:
     assert 0 < failed < 500
 
 
+@pytest.mark.parametrize("encoding", list(Encoding))
+def test_an_event_of_an_absurd_time_has_none(encoding: Encoding) -> None:
+    record = {"timeUnixNano": str(2**63), "eventName": "user_prompt"}
+    body: dict[str, Any] = {"resourceLogs": [{"scopeLogs": [{"logRecords": [record]}]}]}
+    data = json.dumps(body).encode()
+    if encoding is Encoding.PROTOBUF:
+        data = json_format.ParseDict(body, ExportLogsServiceRequest()).SerializeToString()
+    (event,) = decode_logs(data, encoding, {"user_prompt": frozenset()}).events
+    assert event.time == 0
+
+
 @pytest.mark.parametrize("signal", [Signal.LOGS, Signal.TRACES])
 def test_records_of_one_body_are_limited(signal: Signal) -> None:
     records: list[dict[str, Any]] = [{}] * (otlp.MAX_POINTS + 1)
