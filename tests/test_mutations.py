@@ -42,6 +42,8 @@ def _on_all_processors(count: int) -> list[Outcome]:
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         shares = [pool.submit(run, seed, SHARE) for seed in range(1, count // SHARE + 1)]
         for done in as_completed(shares):
+            if done.exception():
+                pool.shutdown(cancel_futures=True)
             outcomes.append(done.result())
             if len(outcomes) % 10 == 0:
                 counts = sum((outcome.counts for outcome in outcomes), Counter[str]())
