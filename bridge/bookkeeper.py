@@ -65,6 +65,8 @@ CUMULATIVE_FACTOR = 1_000
 OVERFLOW = (("otel.metric.overflow", "true"),)
 """The labels of the series that takes what is above a limit."""
 _NUMBER = (int, float)
+SOURCE = "bridge.source"
+"""Among the labels of a series: the token that it came with. No attribute of a client has this key."""
 _IDENTIFYING = frozenset({"service.namespace", "service.name", "service.instance.id"})
 
 
@@ -78,6 +80,7 @@ class LedgerSettings(msgspec.Struct, frozen=True):
     expiry_ms: int = 86_400_000
     max_series: int = 10_000
     max_series_per_metric: int = 5_000
+    max_series_per_source: int = 5_000
     max_metrics: int = 1_000
     max_attributes: int = 40
     max_label_length: int = 512
@@ -90,12 +93,14 @@ class LedgerSettings(msgspec.Struct, frozen=True):
 
 
 class Post(NamedTuple):
-    """One request to post: its points, and the body that they came in; or what a transcript says, and its row."""
+    """One request to post: its points, the body that they came in and the token that it came with, empty for none;
+    or what a transcript says, and its row."""
 
     batch: Batch
     body: bytes = b""
     transcript: TranscriptRow | None = None
     is_history: bool = False
+    source: str = ""
 
 
 class Change(NamedTuple):
@@ -128,6 +133,7 @@ class _Origin(msgspec.Struct, frozen=True):
     target: tuple[tuple[str, str], ...]
     scale: int
     limit: float
+    source: str
     is_counting: bool
     is_delta: bool
     streams: dict[Attributes, "_Stream"]
@@ -161,18 +167,19 @@ class _Books(msgspec.Struct):
     exemplars: dict[int, Exemplar] = {}
     limited: Counter[str] = msgspec.field(default_factory=Counter)
     new_series: Counter[int] = msgspec.field(default_factory=Counter)
+    new_of_source: Counter[str] = msgspec.field(default_factory=Counter)
 
 
 class Bookkeeper:
-    """Posts groups of requests. `live` tells how many series are shown, of a metric and in all; `recover` replaces a
-    damaged database, and says whether by nothing at all, to begin anew."""
+    """Posts groups of requests. `live` tells how many series are shown: of a metric, of a source, and in all;
+    `recover` replaces a damaged database, and says whether by nothing at all, to begin anew."""
 
     def __init__(
         self,
         store: Store,
         settings: LedgerSettings,
         clock_ms: Callable[[], int],
-        live: Callable[[int], tuple[int, int]],
+        live: Callable[[int, str], tuple[int, int, int]],
         usage: UsageBooks,
         recover: "Recover",
     ) -> None:
@@ -192,13 +199,14 @@ class Bookkeeper:
         self._labelling = [
             sorted(settings.dropped), sorted(settings.hashed), settings.scope_labels, settings.max_attributes,
             settings.max_label_length, settings.max_series, settings.max_series_per_metric,
+            settings.max_series_per_source,
         ]  # fmt: skip
         self._metrics = 0
         self._books = _Books()
         self._clear()
 
     def _clear(self) -> None:
-        self._origins: dict[Metric, _Origin] = {}
+        self._origins: dict[tuple[str, Metric], _Origin] = {}
         self._streams: dict[bytes, _Stream] = {}
         self._series: dict[int, SeriesRow] = {}
         self._writers: dict[int, WriterRow] = {}
@@ -326,7 +334,7 @@ class Bookkeeper:
         for point in points:
             if point.metric is not metric:
                 metric = point.metric
-                origin = self._origin(metric)
+                origin = self._origin(metric, request.source)
                 if isinstance(origin, _Origin):
                     self._note_target(origin)
             if isinstance(origin, Drop):
@@ -338,7 +346,8 @@ class Bookkeeper:
                 posted.append((origin, stream, stream.row, point))
                 needs_hash = needs_hash or _needs_body_hash(origin, stream, point)
         if needs_hash and request.transcript is None:
-            body_hash = blake2b(request.body, digest_size=16).digest()
+            # Equal bodies of two sources are two.
+            body_hash = blake2b(request.body, digest_size=16, key=request.source.encode()).digest()
             if body_hash in self._books.requests or self._store.has_request(body_hash):
                 return Receipt(0, len(posted), tuple(refused))
             self._books.requests.add(body_hash)
@@ -440,10 +449,11 @@ class Bookkeeper:
 
     def _return(self, origin: _Origin, stream: _Stream, row: SeriesRow) -> SeriesRow:
         """A series that had left comes back as a new counter; above a limit, its stream feeds the overflow series."""
-        if self._limit_met(origin.row.id) is None:
+        if self._limit_met(origin) is None:
             self._books.new_series[origin.row.id] += 1
+            self._books.new_of_source[origin.source] += 1
             return replace(row, base=row.value or 0, born=self._commits + 1, birth=self._now)
-        series = self._series_of(origin.row, "", "", OVERFLOW)
+        series = self._overflow_of(origin)
         self._store.move_stream(stream.row.id, series, stream.row.labelled)
         stream.row = stream.row._replace(series=series)
         return self._series_row(series)
@@ -500,16 +510,16 @@ class Bookkeeper:
 
     # --- lookups ---
 
-    def _origin(self, metric: Metric) -> _Origin | Drop:
-        known = self._origins.get(metric)
+    def _origin(self, metric: Metric, source: str = "") -> _Origin | Drop:
+        known = self._origins.get((source, metric))
         if known is not None:
             return known
-        origin = self._make_origin(metric)
+        origin = self._make_origin(metric, source)
         if not isinstance(origin, Drop) and _text_length(metric) <= MAX_CACHED_TEXT:
-            self._origins[metric] = origin
+            self._origins[source, metric] = origin
         return origin
 
-    def _make_origin(self, metric: Metric) -> _Origin | Drop:
+    def _make_origin(self, metric: Metric, source: str) -> _Origin | Drop:
         resource = metric.resource
         namespace, name = resource.get("service.namespace"), resource.get("service.name")
         instance = resource.get("service.instance.id")
@@ -535,10 +545,9 @@ class Bookkeeper:
         if self._settings.scope_labels:
             scope = metric.scope
             added += [("otel_scope_name", self._cut(scope.name)), ("otel_scope_version", self._cut(scope.version))]
-        identity = blake2b(
-            msgspec.msgpack.encode((metric.name, metric.kind.value, metric.scope.name, namespace, name, instance)),
-            digest_size=16,
-        )
+        named = (metric.name, metric.kind.value, metric.scope.name, namespace, name, instance)
+        # Two sources never write one stream, whatever they call themselves.
+        identity = blake2b(msgspec.msgpack.encode(named), digest_size=16, key=source.encode())
         labelled = _digest((row.id, job, shown_instance, added, self._labelling))
         is_delta = metric.temporality is Temporality.DELTA
         limit = sys.float_info.max
@@ -547,8 +556,8 @@ class Bookkeeper:
         if metric.temporality is Temporality.UNSPECIFIED:
             limit = -1.0
         return _Origin(
-            row, identity, labelled, job, shown_instance, tuple(added), target, scale, limit, _is_counting(metric),
-            is_delta, {},
+            row, identity, labelled, job, shown_instance, tuple(added), target, scale, limit, source,
+            _is_counting(metric), is_delta, {},
         )  # fmt: skip
 
     def _note_target(self, origin: _Origin) -> None:
@@ -586,7 +595,8 @@ class Bookkeeper:
         session = next((attribute_text(value) for name, value in point.attributes if name == "session.id"), "")
         writer = 0
         if session or origin.instance:
-            row = self._store.writer(_digest((origin.job, origin.instance, session)), self._now)
+            whose = (origin.job, origin.instance, session, *([origin.source] if origin.source else []))
+            row = self._store.writer(_digest(whose), self._now)
             writer = row.id
             self._writers.setdefault(writer, row)
         return self._store.add_stream(key, self._find_series(origin, point.attributes), writer, origin.labelled)
@@ -595,17 +605,24 @@ class Bookkeeper:
         """The series of these labels, made if there is none; above a limit, the metric's overflow series."""
         labels = self._labels(origin, attributes)
         row = self._store.series(_digest((origin.row.id, origin.job, origin.instance, labels)))
-        if row is None and self._limit_met(origin.row.id) is not None:
-            return self._series_of(origin.row, "", "", OVERFLOW)
+        if row is None and self._limit_met(origin) is not None:
+            return self._overflow_of(origin)
         return self._series_of(origin.row, origin.job, origin.instance, labels)
 
-    def _limit_met(self, metric: int) -> str | None:
-        """The setting that forbids one more series of a metric, counted; None when there is room."""
-        of_metric, in_all = self._live(metric)
-        new = self._books.new_series
+    def _overflow_of(self, origin: _Origin) -> int:
+        """The series that takes what is above a limit: one a metric and source."""
+        return self._series_of(origin.row, "", "", tuple(sorted([*_label_of(origin.source), *OVERFLOW])))
+
+    def _limit_met(self, origin: _Origin) -> str | None:
+        """The setting that forbids one more series of a metric and source, counted; None when there is room."""
+        metric, source = origin.row.id, origin.source
+        of_metric, of_source, in_all = self._live(metric, source)
+        new, settings = self._books.new_series, self._settings
+        new_of_source = self._books.new_of_source[source]
         for count, setting, most in (
-            (in_all + new.total(), "limits.series", self._settings.max_series),
-            (of_metric + new[metric], "limits.series_per_metric", self._settings.max_series_per_metric),
+            (in_all + new.total(), "limits.series", settings.max_series),
+            (of_metric + new[metric], "limits.series_per_metric", settings.max_series_per_metric),
+            (of_source + new_of_source if source else -1, "limits.series_per_source", settings.max_series_per_source),
         ):
             if count >= most:
                 self._books.limited[setting] += 1
@@ -623,6 +640,7 @@ class Bookkeeper:
                 new = replace(new, born=0)
             row = self._store.add_series(key, new)
             self._books.new_series[metric.id] += 1
+            self._books.new_of_source[source_of(row)] += 1
             self._books.series[row.id] = row
         self._series.setdefault(row.id, row)
         return row.id
@@ -632,14 +650,14 @@ class Bookkeeper:
         labels = self._shown(attributes)
         for key, text in origin.added:
             labels.setdefault(key, text)
-        return tuple(sorted(labels.items()))
+        return tuple(sorted([*labels.items(), *_label_of(origin.source)]))
 
     def _shown(self, attributes: Attributes) -> dict[str, str]:
         """What of some attributes may be shown, in OTLP's spelling, and how long."""
         settings = self._settings
         shown: dict[str, str] = {}
         for key, value in attributes:
-            if key in settings.dropped or _is_redacted(value):
+            if key in settings.dropped or key == SOURCE or _is_redacted(value):
                 continue
             if len(shown) >= settings.max_attributes:
                 self._books.limited["limits.attributes"] += 1
@@ -663,6 +681,15 @@ class Bookkeeper:
         if row is None:
             row = self._series[series] = self._store.series_by_id(series)
         return row
+
+
+def source_of(row: SeriesRow) -> str:
+    """The token that a series came with; empty for none."""
+    return next((text for key, text in row.labels if key == SOURCE), "")
+
+
+def _label_of(source: str) -> list[tuple[str, str]]:
+    return [(SOURCE, source)] if source else []
 
 
 def _text_length(metric: Metric) -> int:

@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
         "--listen", action="append", metavar="HOST:PORT", help="address to listen on, repeatable (localhost:4318)"
     )
     settings.add_argument("--state-dir", metavar="DIR", help="where the counters are kept")
+    settings.add_argument("--token-file", metavar="FILE", help="tokens of network clients (`tokens` beside the state)")
+    settings.add_argument("--insecure-no-auth", action="store_true", help="listen beyond loopback without tokens")
     settings.add_argument("--no-transcripts", action="store_true", help="do not open the transcripts of tools")
     settings.add_argument(
         "--allow-network-fs", action="store_true", help="keep the state on a network file system all the same"
@@ -67,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     config.add_argument("action", choices=("show", "check"), help="print the settings in force, or only check them")
     backup = commands.add_parser("backup", help="copy the state to a new file, also while the bridge runs")
     backup.add_argument("file", metavar="FILE", type=Path, help="where to; what exists is not overwritten")
+    token = commands.add_parser("token", help="make a token for a network client, printed once, or take one back")
+    token.add_argument("name", metavar="NAME", help="of a user, team or machine; the label `source` of what it sends")
+    token.add_argument("--remove", action="store_true", help="the token of this name is good for nothing any more")
     _add_report(commands)
     commands.add_parser("statusline", help="one line for Claude Code's status line", description=_STATUSLINE)
     _add_client_commands(commands)
@@ -163,16 +168,21 @@ def _main(arguments: Sequence[str] | None) -> int:
 
     try:
         file = _config_file(options.config, of_system=getattr(options, "system", False))
+        if file and (problem := _exposed(file)):
+            sys.stderr.write(f"claude-otel-bridge: {problem}\n")
+            return os.EX_NOPERM
         text = file.read_text(encoding="utf-8") if file else ""
         flags: dict[str, Any] = {
             key: value
-            for key in ("listen", "state_dir", "log_format", "log_level", "log_file")
+            for key in ("listen", "token_file", "state_dir", "log_format", "log_level", "log_file")
             if (value := getattr(options, key)) is not None
         }
         if options.no_transcripts:
             flags["transcripts"] = False
         if options.allow_network_fs:
             flags["allow_network_fs"] = True
+        if options.insecure_no_auth:
+            flags["insecure_no_auth"] = True
         config = settings.load(text, os.environ, flags, str(file))
         if config.prices:
             _check_prices(config, str(file))
@@ -190,6 +200,8 @@ def _main(arguments: Sequence[str] | None) -> int:
         return os.EX_OK
     if options.command == "backup":
         return _back_up(options.file, config)
+    if options.command == "token":
+        return _change_tokens(options, config)
     if options.command in ("setup", "doctor", "completion", "man"):
         return _client_command(options, config)
     if options.command in _SERVICE:
@@ -224,6 +236,39 @@ def _back_up(file: Path, config: "Config") -> int:
     return os.EX_OK
 
 
+def _change_tokens(options: argparse.Namespace, config: "Config") -> int:
+    from bridge import tokens
+    from bridge.daemon import state_directory, token_file
+
+    file = token_file(config, state_directory(config))
+    try:
+        if options.remove:
+            tokens.remove(file, options.name)
+            sys.stdout.write(f"removed the token of {options.name} from {file}\n")
+            return os.EX_OK
+        secret = tokens.make(file, options.name)
+    except tokens.TokenError as error:
+        sys.stderr.write(f"claude-otel-bridge: {error}\n")
+        return error.exit_code
+    sys.stdout.write(f"{secret}\n")
+    sys.stderr.write(
+        f"This is the token of {options.name}; it is shown this once, {file} has its hash. On the client:\n"
+        "  BRIDGE_TOKEN=... claude-otel-bridge setup --write --endpoint http://THIS_HOST:4318\n"
+        "or OTEL_EXPORTER_OTLP_HEADERS=Authorization=Bearer%20... in its environment.\n"
+    )
+    return os.EX_OK
+
+
+def _exposed(file: Path) -> str:
+    """Why a settings file must not be believed; empty if it may be: others could have written it."""
+    found = file.stat()
+    if found.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
+        return f"{file} belongs to uid {found.st_uid}; settings of others are not believed"
+    if found.st_mode & 0o022:
+        return f"{file} has mode {found.st_mode & 0o7777:04o}: others may write it; chmod go-w {file}"
+    return ""
+
+
 def _config_file(given: str | None, *, of_system: bool) -> Path | None:
     """The settings file: --config or BRIDGE_CONFIG, which must exist; else the first of the usual places that does."""
     if named := given or os.environ.get("BRIDGE_CONFIG"):
@@ -249,6 +294,7 @@ def _add_client_commands(commands: "argparse._SubParsersAction[_Parser]") -> Non
     setup.add_argument(
         "--statusline", action="store_true", help="also show cost and limits in Claude Code's status line"
     )
+    setup.add_argument("--endpoint", metavar="URL", help="a bridge elsewhere; its token is taken from BRIDGE_TOKEN")
     action.add_argument("--shell", choices=("bash", "zsh", "fish"), help="print Claude Code's environment for a shell")
     doctor = commands.add_parser("doctor", help="say what works and what does not, from the tools to XRG")
     doctor.add_argument("--json", action="store_true", help="the findings as JSON")
@@ -270,7 +316,12 @@ def _client_command(options: argparse.Namespace, config: "Config") -> int:
         return code
     from bridge import setup
 
-    address = setup.endpoint(config.listen)
+    try:
+        address = setup.remote(options.endpoint) if options.endpoint else setup.endpoint(config.listen)
+        token = setup.token_of(os.environ)
+    except setup.SetupError as error:
+        sys.stderr.write(f"claude-otel-bridge: {error}\n")
+        return error.exit_code
     if options.shell and options.tool != "claude":
         sys.stderr.write("claude-otel-bridge: --shell is for Claude Code; the others read their settings file\n")
         return os.EX_USAGE
@@ -278,12 +329,12 @@ def _client_command(options: argparse.Namespace, config: "Config") -> int:
         sys.stderr.write("claude-otel-bridge: --statusline is for Claude Code\n")
         return os.EX_USAGE
     if options.shell:
-        sys.stdout.write(setup.exports(address, options.shell))
+        sys.stdout.write(setup.exports(address, options.shell, token))
         return os.EX_OK
     action = "write" if options.write else "undo" if options.undo else "show"
     try:
         statusline = _statusline(config) if options.statusline else ""
-        sys.stdout.write(setup.run(options.tool, action, address, os.environ, statusline))
+        sys.stdout.write(setup.run(options.tool, action, address, os.environ, statusline, token=token))
     except setup.SetupError as error:
         sys.stderr.write(f"claude-otel-bridge: {error}\n")
         return error.exit_code

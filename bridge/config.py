@@ -5,6 +5,7 @@ defaults. Unknown keys are errors with a hint, in the file and in the environmen
 """
 
 import difflib
+import ipaddress
 import re
 import tomllib
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ NOT_SETTINGS = ("BRIDGE_TEST_",)
 """Environment variables of this prefix that are not settings of the bridge."""
 
 
+TOKEN_VARIABLES = ("BRIDGE_TOKEN", "BRIDGE_TOKENS")
+"""Environment variables that hold tokens, which never stand among the settings."""
 COUNTED_BY = frozenset(
     {
         "model",
@@ -43,11 +46,22 @@ class Limits(Struct, frozen=True, forbid_unknown_fields=True):
     max_body_mib: Annotated[int, Meta(ge=1, le=64)] = 4
     body_seconds: Annotated[float, Meta(gt=0, le=600)] = 10.0
     connections: Annotated[int, Meta(ge=8, le=100_000)] = 512
+    connections_per_address: Annotated[int, Meta(ge=1, le=100_000)] = 64
+    requests_per_second: Annotated[float, Meta(ge=0.1, le=100_000)] = 100.0
     series: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000
     series_per_metric: Annotated[int, Meta(ge=1, le=1_000_000)] = 5_000
+    series_per_source: Annotated[int, Meta(ge=1, le=1_000_000)] = 5_000
     metrics: Annotated[int, Meta(ge=1, le=100_000)] = 1_000
     attributes: Annotated[int, Meta(ge=1, le=1_000)] = 40
     label_length: Annotated[int, Meta(ge=32, le=65_536)] = 512
+
+
+class Tls(Struct, frozen=True, forbid_unknown_fields=True):
+    """Files in PEM form for TLS on addresses beyond loopback; with `client_ca` clients need a certificate of it."""
+
+    cert: str = ""
+    key: str = ""
+    client_ca: str = ""
 
 
 class Labels(Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,6 +86,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """All settings with their defaults. An empty `state_dir` means the platform's place for state."""
 
     listen: tuple[str, ...] = ("localhost:4318",)
+    listen_ingest: tuple[str, ...] = ()
+    listen_read: tuple[str, ...] = ()
+    token_file: str = ""
+    loopback_token: bool = False
+    insecure_no_auth: bool = False
+    trusted_proxies: tuple[str, ...] = ()
     state_dir: str = ""
     hosts: tuple[str, ...] = ()
     log_format: Literal["text", "json"] = "text"
@@ -86,12 +106,19 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     history_days: Annotated[float, Meta(ge=1, le=36_500)] = 90.0
     allow_network_fs: bool = False
     prices: dict[str, dict[str, float]] = {}
+    tls: Tls = Tls()
     labels: Labels = Labels()
     limits: Limits = Limits()
 
 
 DESCRIPTIONS = {
     "listen": "addresses to listen on; localhost means 127.0.0.1 and ::1",
+    "listen_ingest": "further addresses that take exports alone",
+    "listen_read": "further addresses that show the counters alone",
+    "token_file": "tokens of network clients; without it `tokens` in the state directory",
+    "loopback_token": "ask for a token on loopback addresses too",
+    "insecure_no_auth": "listen beyond loopback without tokens: whoever reaches the bridge may write to it",
+    "trusted_proxies": "addresses or networks of proxies whose X-Forwarded-For is believed",
     "state_dir": "where the counters are kept",
     "hosts": "more names that clients may use in the Host header",
     "log_format": "text or json",
@@ -107,6 +134,9 @@ DESCRIPTIONS = {
     "history_days": "how long single API requests are kept; sums by quarter of an hour stay for ever",
     "allow_network_fs": "keep the state on a network file system or in a synchronised folder all the same",
     "prices": "your own prices by model, in US dollars per million tokens",
+    "tls.cert": "certificate chain (PEM) for TLS on addresses beyond loopback",
+    "tls.key": "private key (PEM) of tls.cert",
+    "tls.client_ca": "authorities (PEM) one of which must have signed a client's certificate",
     "labels.promote": "resource attributes that become labels of every series",
     "labels.drop": "attributes that are no labels; the values of series that become one are added up",
     "labels.deny": "attributes of metrics, events and resources that are not even stored",
@@ -115,8 +145,11 @@ DESCRIPTIONS = {
     "limits.max_body_mib": "largest request body, before and after decompression",
     "limits.body_seconds": "time for a request body to arrive",
     "limits.connections": "open connections",
+    "limits.connections_per_address": "open connections of one address beyond loopback",
+    "limits.requests_per_second": "requests of one token, or of one address beyond loopback; twice as many at once",
     "limits.series": "series on /metrics; more go to one series a metric with otel_metric_overflow",
     "limits.series_per_metric": "the same for one metric",
+    "limits.series_per_source": "the same for what comes with one token",
     "limits.metrics": "metric names; points of further ones are refused",
     "limits.attributes": "attributes of a point that become labels",
     "limits.label_length": "characters of a label's name or value; longer ones end in a digest",
@@ -142,28 +175,53 @@ def load(file_text: str, environment: Mapping[str, str], flags: Mapping[str, Any
     return config
 
 
-_ADDRESS = re.compile(r"(localhost|127\.\d{1,3}\.\d{1,3}\.\d{1,3}|\[::1\]):(\d{1,5})")
+def listened(config: Config) -> tuple[str, ...]:
+    """All addresses that the bridge listens on."""
+    return (*config.listen, *config.listen_ingest, *config.listen_read)
+
+
+_ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
 
 
 def _check_sense(config: Config) -> None:
     """What no type says. Raises ConfigError."""
     if not config.listen:
         raise ConfigError("listen: at least one address is needed, as in localhost:4318")
-    for address in config.listen:
-        found = _ADDRESS.fullmatch(address)
-        if found is None:
-            raise ConfigError(
-                f"listen: {address}: expected HOST:PORT with a loopback host, as in localhost:4318, 127.0.0.1:4318 or"
-                " [::1]:4318; other addresses are refused, because whoever reaches the bridge may write to it"
-            )
-        if not 0 < int(found[2]) < 65_536:
-            raise ConfigError(f"listen: {address}: the port must be between 1 and 65535")
+    for name in ("listen", "listen_ingest", "listen_read"):
+        for address in getattr(config, name):
+            _check_address(name, address)
+    addresses = listened(config)
+    if double := next((address for address in addresses if addresses.count(address) > 1), None):
+        raise ConfigError(f"listen: {double} stands there twice")
+    for network in config.trusted_proxies:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError as error:
+            raise ConfigError(f"trusted_proxies: {error}; expected an address or a network, as in 10.0.0.0/8") from None
+    if bool(config.tls.cert) != bool(config.tls.key) or (config.tls.client_ca and not config.tls.cert):
+        raise ConfigError("tls: cert and key belong together, and client_ca needs both")
     for key in sorted(COUNTED_BY.intersection(config.labels.deny)):
         raise ConfigError(f"labels.deny: {key}: usage is counted by it; labels.drop keeps it off /metrics")
     if config.source == "transcripts" and not config.transcripts:
         raise ConfigError(
             "source: transcripts alone cannot be counted while `transcripts` is false; change one of them"
         )
+
+
+def _check_address(name: str, address: str) -> None:
+    found = _ADDRESS.fullmatch(address)
+    try:
+        if found is None:
+            raise ValueError
+        if found[1] != "localhost":
+            ipaddress.ip_address(found[1].strip("[]"))
+    except ValueError:
+        raise ConfigError(
+            f"{name}: {address}: expected HOST:PORT with localhost or an IP address, as in localhost:4318,"
+            " 192.168.1.5:4318 or [::1]:4318"
+        ) from None
+    if not 0 < int(found[2]) < 65_536:
+        raise ConfigError(f"{name}: {address}: the port must be between 1 and 65535")
 
 
 def to_toml(config: Config) -> str:
@@ -202,6 +260,8 @@ def _variables(environment: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     found = {}
     for name in sorted(environment):
         if not name.startswith(ENVIRONMENT_PREFIX) or name.startswith(NOT_SETTINGS) or name == "BRIDGE_CONFIG":
+            continue
+        if name in TOKEN_VARIABLES:
             continue
         if name not in known:
             raise ConfigError(f"environment: unknown variable {name}{_hint(name, known)}")

@@ -7,24 +7,33 @@ flight be committed, checkpoint, exit, all within two seconds.
 
 import asyncio
 import contextlib
-import errno
 import functools
 import os
+import resource
 import signal
-import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
-from bridge import __version__, place, pricing, supervisor
+from bridge import __version__, place, pricing, supervisor, tokens
 from bridge.bookkeeper import LedgerSettings, Recover
-from bridge.config import Config
+from bridge.config import Config, listened
 from bridge.filesystem import distrust
 from bridge.join import KINDS
 from bridge.ledger import Ledger
+from bridge.listeners import (
+    Site,
+    StartError,
+    listening,
+    offers,
+    require_access,
+    room_for,
+    shown_addresses,
+)
 from bridge.mark import Mark, MarkUnreadable, read_mark
 from bridge.model import Usage
 from bridge.pricing import Prices, normalise_model
@@ -41,8 +50,11 @@ from bridge.store import (
     prepare_directory,
 )
 from bridge.telemetry import Telemetry, Throttle, configure_log, log
+from bridge.tokens import TokenError, Tokens
 from bridge.tools import known
 from bridge.transcripts import Follower
+from bridge.watch import HANG_SECONDS, LoopWatch
+from bridge.web.access import Access, is_loopback
 from bridge.web.metrics import Views
 from bridge.web.receiver import Receiver
 from bridge.web.server import Server
@@ -59,15 +71,7 @@ SURVEY_SECONDS = 60.0
 MARK_SECONDS = 5.0
 COPY_CHECK_SECONDS = 60.0
 COPY_SECONDS = 3_600.0
-BACKLOG = 512
-
-
-class StartError(Exception):
-    """The daemon cannot start; `exit_code` is a sysexits code, the text says what, where and what to do."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+TOKENS_SECONDS = 2.0
 
 
 def default_state_dir(platform: str, environment: "os._Environ[str] | dict[str, str]", home: Path) -> Path:
@@ -85,6 +89,7 @@ def run(config: Config, *, accept_data_loss: bool = False) -> int:
     """Run the bridge until it is told to stop; the exit code. With `accept_data_loss` a damaged state without a copy
     begins anew."""
     os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # a core has secrets
     try:
         configure_log(config.log_format, config.log_level, config.log_file)
     except OSError as error:
@@ -93,7 +98,7 @@ def run(config: Config, *, accept_data_loss: bool = False) -> int:
     try:
         directory = state_directory(config)
         return _run_loop(lambda loop: _serve(config, directory, loop, accept_data_loss=accept_data_loss))
-    except (StartError, StateError) as error:
+    except (StartError, StateError, TokenError) as error:
         log.error(str(error))  # the message is made for people, a traceback is not
         return error.exit_code
 
@@ -124,6 +129,9 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
                 os.EX_CANTCREAT,
             )
         log.warning(f"state directory {directory} {why}")
+    allowed = tokens_in_force(config, directory)
+    if note := pure_python_protobuf():
+        log.warning(note)
     instance = os.urandom(8).hex()
     held = lock(directory, instance)
     loop = asyncio.get_running_loop()
@@ -140,9 +148,11 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
             log.critical("the ledger failed; stopping so that a supervisor starts a fresh bridge", exc_info=error)
         stop.set()
 
+    loop.set_exception_handler(_log_type)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    sockets = listening(config.listen)
+    sockets = listening(listened(config))
+    context = require_access(config, allowed, [sock.getsockname() for sock in sockets])
     throttle = Throttle(time.monotonic)
     telemetry = Telemetry(time.time, throttle)
     telemetry.note_build(loop_name)
@@ -155,25 +165,34 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
     ledger.observers.append(telemetry.observe)
     copies = Copies(directory, ledger, _clock_ms)
     forgetful = Forgetting(ledger, config.history_days, _clock_ms, _uptime_ms)
+    access = Access(config, allowed, time.monotonic)
     receiver = Receiver(ledger, config, telemetry, throttle)
-    views = Views(ledger, config, telemetry, _clock_ms, instance)
+    views = Views(ledger, config, telemetry, _clock_ms, instance, has_sources=lambda: access.names_sources)
     if follower is not None:
         views.progress = lambda: follower.progress.text
     routes = {path: dict(methods) for path, methods in views.routes.items()}
     for path, methods in receiver.routes.items():
         routes.setdefault(path, {}).update(methods)
-    server = Server(routes, config, telemetry, throttle)
+    room = room_for(config.limits.connections)
+    if room < config.limits.connections:
+        text = "the limit of open files leaves room for fewer connections than limits.connections; raise it (ulimit -n)"
+        log.warning(text, extra={"connections": room})
+    server = Server(
+        routes, config, telemetry, throttle, access, offers=offers(config), max_connections=room
+    )  # fmt: skip
+    watch = LoopWatch(telemetry.stalls.inc, _abort)
     runner = web.ServerRunner(server, shutdown_timeout=STOP_SECONDS)
     await runner.setup()
     try:
         supervisor.notify("STATUS=loading the state")
+        watch.start()
         for sock in sockets:
-            await web.SockSite(runner, sock, backlog=BACKLOG).start()
+            await Site(runner, sock, context=None if is_loopback(sock.getsockname()[0]) else context).start()
         await ledger.start()
         if ledger.lost:
             log.warning(f"state went back {ledger.lost} transactions; counters stand still until it has caught up")
             telemetry.lost.inc(ledger.lost)
-        addresses = _addresses(sockets)
+        addresses = shown_addresses(sockets)
         log.info("ready", extra={"version": __version__, "listen": addresses, "state": str(directory)})
         supervisor.notify(f"READY=1\nSTATUS=version {__version__} serves {addresses}")
         async with asyncio.TaskGroup() as tasks:
@@ -185,6 +204,7 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
                 tasks.create_task(_every(COPY_CHECK_SECONDS, copies.keep)),
                 tasks.create_task(_every(SURVEY_SECONDS, lambda: _survey(ledger, telemetry), at_once=True)),
                 *([tasks.create_task(_followed(follower, fail))] if follower else []),
+                tasks.create_task(_every(TOKENS_SECONDS, lambda: _refresh(allowed))),
                 tasks.create_task(_pulse(supervisor.watchdog_seconds())),
             ]
             await stop.wait()
@@ -197,6 +217,7 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
         await _close_door(runner, server)
         await runner.cleanup()
         await ledger.stop()
+        watch.stop()
         with contextlib.suppress(StoreUnavailable):
             await ledger.write_mark()
         receiver.close()
@@ -214,6 +235,7 @@ def ledger_settings(config: Config) -> LedgerSettings:
         expiry_ms=int(config.series_expiry_hours * 3_600_000),
         max_series=config.limits.series,
         max_series_per_metric=config.limits.series_per_metric,
+        max_series_per_source=config.limits.series_per_source,
         max_metrics=config.limits.metrics,
         max_attributes=config.limits.attributes,
         max_label_length=config.limits.label_length,
@@ -309,8 +331,8 @@ async def _survey(ledger: Ledger, telemetry: Telemetry) -> None:
     """Tell the own metrics how the sources agree."""
     survey = await ledger.survey()
     joined = sum(row.value for row in ledger.served.values() if row.kind in KINDS)
-    for source, tokens in (("requests", survey.requests), ("metrics", survey.metrics), ("joined", joined)):
-        telemetry.joined.labels(source).set(tokens)
+    for source, count in (("requests", survey.requests), ("metrics", survey.metrics), ("joined", joined)):
+        telemetry.joined.labels(source).set(count)
     telemetry.conflicts.set(survey.conflicts)
 
 
@@ -352,6 +374,18 @@ async def _every(seconds: float, work: Callable[[], Awaitable[object]], *, at_on
             await work()
 
 
+def _log_type(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """What goes wrong in a task nobody waits for: its message could quote what a client sent, so it is left out."""
+    del loop
+    log.error("a task failed", exc_info=context.get("exception"))
+
+
+def _abort(place: str) -> None:
+    """The event loop hangs: whoever supervises has to start afresh. Nothing can be stopped in order."""
+    log.critical(f"the event loop has not turned for {HANG_SECONDS:.0f} s; it stands at {place}")
+    os._exit(os.EX_SOFTWARE)
+
+
 async def _close_door(runner: web.ServerRunner, server: Server) -> None:
     """Accept nobody any more, and hear those who came in just before, so that an orderly restart cuts no request."""
     for site in list(runner.sites):
@@ -369,95 +403,32 @@ async def _pulse(watchdog_seconds: float | None) -> None:
         await asyncio.sleep(watchdog_seconds / 2)
 
 
-# --- sockets ---------------------------------------------------------------------------------------------------
+def token_file(config: Config, directory: Path) -> Path:
+    """The file of tokens in force."""
+    return Path(config.token_file).expanduser() if config.token_file else directory / tokens.FILE
 
 
-def listening(listen: tuple[str, ...]) -> list[socket.socket]:
-    """The sockets that the supervisor passed, else own ones. A passed one that does not listen is StartError 69."""
+def tokens_in_force(config: Config, directory: Path) -> Tokens:
+    """The tokens of the environment and the file. Raises TokenError."""
+    path = token_file(config, directory)
+    if config.token_file and not path.exists():
+        raise TokenError(f"token_file: {path} does not exist; `claude-otel-bridge token NAME` makes it")
+    allowed = Tokens(path, tokens.of_environment(os.environ))
+    allowed.refresh()
+    return allowed
+
+
+async def _refresh(allowed: Tokens) -> None:
     try:
-        passed = supervisor.passed_sockets()
-    except OSError as error:
-        raise StartError(f"the supervisor passed what is no socket: {error.strerror}", os.EX_UNAVAILABLE) from None
-    if not passed:
-        return bind(listen)
-    for sock in passed:
-        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise StartError("the supervisor passed a socket that does not listen for TCP", os.EX_UNAVAILABLE)
-    if {split_address(address)[1] for address in listen} != {sock.getsockname()[1] for sock in passed}:
-        log.warning(
-            "the service's sockets are not those of the `listen` setting; `claude-otel-bridge install` renews them",
-            extra={"listen": " ".join(listen), "sockets": _addresses(passed)},
-        )
-    return passed
+        if allowed.refresh():
+            log.info("tokens changed", extra={"count": len(allowed)})
+    except TokenError as error:
+        log.error(f"{error}; the tokens stay as they were")
 
 
-def bind(listen: tuple[str, ...]) -> list[socket.socket]:
-    """Listening sockets for `HOST:PORT` addresses; `localhost` is both loopback families.
+def pure_python_protobuf() -> str:
+    """A line for the log if protobuf runs without its C library: it would be slow, and bounds depth less surely."""
+    from google.protobuf.internal import api_implementation
 
-    An address in use is StartError 69, a wrong one 64; nothing stays bound then. A family that the machine lacks is
-    skipped with one line.
-    """
-    sockets: list[socket.socket] = []
-    try:
-        for address in listen:
-            _bind_host(*split_address(address), sockets)
-    except BaseException:
-        for sock in sockets:
-            sock.close()
-        raise
-    return sockets
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """`localhost:4318`, `[::1]:4318` -> host and port. StartError 64 for anything else."""
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65_536:
-        raise StartError(f"--listen {address}: expected HOST:PORT, as in localhost:4318", os.EX_USAGE)
-    return host, int(port)
-
-
-def _bind_host(host: str, port: int, sockets: list[socket.socket]) -> None:
-    """Append the sockets of one address."""
-    if host == "localhost":
-        wanted = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
-    else:
-        wanted = [(socket.AF_INET6 if ":" in host else socket.AF_INET, host)]
-    before = len(sockets)
-    for family, name in wanted:
-        shown = f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-        try:
-            sockets.append(_bind_one(family, name, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise StartError(
-                    f"{shown} is already in use; stop the other program (lsof -i :{port} names it) or choose another"
-                    " --listen",
-                    os.EX_UNAVAILABLE,
-                ) from None
-            if error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(wanted) > 1:
-                log.warning("this machine has no such address; not listening there", extra={"address": shown})
-                continue
-            raise StartError(f"cannot listen on {shown}: {error.strerror}", os.EX_UNAVAILABLE) from None
-    if len(sockets) == before:
-        raise StartError(f"cannot listen on {host}:{port}: no loopback address", os.EX_UNAVAILABLE)
-
-
-def _bind_one(family: socket.AddressFamily, name: str, port: int) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind((name, port))
-        sock.listen(BACKLOG)
-    except BaseException:
-        sock.close()
-        raise
-    sock.setblocking(False)
-    return sock
-
-
-def _addresses(sockets: list[socket.socket]) -> str:
-    names = (sock.getsockname()[:2] for sock in sockets)
-    return " ".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in names)
+    kind = api_implementation.Type()
+    return "" if kind == "upb" else f"protobuf runs as {kind}, not upb; install its wheel for this platform"

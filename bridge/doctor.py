@@ -24,10 +24,12 @@ from typing import Any, NamedTuple
 
 from bridge import __version__, edits, filesystem, setup, store
 from bridge.config import Config
-from bridge.daemon import default_state_dir, split_address
+from bridge.daemon import default_state_dir
+from bridge.listeners import own_certificate, split_address
 from bridge.model import DROP_TEXT, Drop
 from bridge.store import Inspection, StoreUnavailable
 from bridge.tools import claude_code
+from bridge.web.access import is_loopback
 from bridge.web.metrics import INSTANCE_HEADER
 
 TIMEOUT_SECONDS = 2.0
@@ -275,12 +277,14 @@ def check_exports(metrics: Metrics, now: float) -> Iterator[Finding]:
 
 _REFUSALS = {
     "400": ("not OTLP, or damaged", "the log names the client's mistake"),
+    "401": ("without a token that is known", "give the client one: claude-otel-bridge token NAME"),
     "403": ("from web pages", "nothing, unless a page of yours should read the bridge"),
     "405": ("with a wrong method", "POST exports to /v1/metrics, GET /metrics to read"),
     "408": ("that did not arrive in time", "raise limits.body_seconds if a client is that slow"),
     "413": ("that were too large", "raise limits.max_body_mib, or make the sender's batches smaller"),
     "415": ("of a wrong type", "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf in the client"),
     "421": ("with a foreign Host", "use localhost in the client, or add the name to `hosts`"),
+    "429": ("above the allowance of a token or an address", "raise limits.requests_per_second, or see who floods"),
     "503": ("that came too early or could not be written", "see the log, and the disk"),
 }
 
@@ -481,13 +485,14 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
     endpoint = setup.endpoint(config.listen)
     claude_home = setup.target("claude", environment, endpoint).file.parent
     holder, instance = store.holder(directory)
-    addresses = list(_loopback(config.listen))
-    answers = tuple(_ask(host, port) for host, port in addresses)
+    addresses = list(_loopback((*config.listen, *config.listen_read), is_tls=bool(config.tls.cert)))
+    answers = tuple(_ask(place) for place in addresses)
+    token = environment.get("BRIDGE_TOKEN", "")
     metrics = profile = None
-    for (host, port), answer in zip(addresses, answers, strict=True):
+    for place, answer in zip(addresses, answers, strict=True):
         if answer.instance and answer.instance == instance:
-            metrics = _metrics(host, port)
-            profile = _get(host, port, "/v1/metrics")[1] if metrics is not None else None
+            metrics = _metrics(place, token)
+            profile = _get(place, "/v1/metrics", token)[1] if metrics is not None else None
             break
     return Evidence(
         now=time.time(),
@@ -513,30 +518,43 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
 _NAMES = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}  # noqa: S104  # only asked
 
 
-def _loopback(listen: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+class Place(NamedTuple):
+    """Where the bridge is asked on this machine."""
+
+    host: str
+    port: int
+    is_tls: bool
+
+
+def _loopback(listen: tuple[str, ...], *, is_tls: bool) -> Iterator[Place]:
+    """TLS is spoken on what is bound beyond loopback, so also on a wildcard's loopback addresses."""
     for address in listen:
         host, port = split_address(address)
         for name in _NAMES.get(host, (host,)):
             if name == "::1" or name.startswith("127."):
-                yield name, port
+                yield Place(name, port, is_tls and not is_loopback(name if host == "localhost" else host))
 
 
-def _get(host: str, port: int, path: str) -> tuple[http.client.HTTPResponse, str]:
+def _get(place: Place, path: str, token: str = "") -> tuple[http.client.HTTPResponse, str]:
+    host, port, is_tls = place
     connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_SECONDS)
+    if is_tls:
+        connection = http.client.HTTPSConnection(host, port, timeout=TIMEOUT_SECONDS, context=own_certificate())
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
         response = connection.getresponse()
         return response, response.read(MAX_ANSWER_BYTES).decode(errors="replace")
     finally:
         connection.close()
 
 
-def _ask(host: str, port: int) -> Answer:
+def _ask(place: Place) -> Answer:
+    host, port, _ = place
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        response, _ = _get(host, port, "/-/ready")
+        response, _ = _get(place, "/-/ready")
         if response.status == 503:  # only the live ones say who they are
-            healthy, _ = _get(host, port, "/-/healthy")
+            healthy, _ = _get(place, "/-/healthy")
             return Answer(address, "", 503, healthy.headers.get("Server", ""), healthy.headers.get(INSTANCE_HEADER, ""))
     except ConnectionRefusedError:
         return Answer(address, "refused")
@@ -554,12 +572,14 @@ def _introduced(address: str, status: int, headers: "http.client.HTTPMessage") -
     return Answer(address, "", status, headers.get("Server", "").strip(), headers.get(INSTANCE_HEADER, ""))
 
 
-def _metrics(host: str, port: int) -> Metrics | None:
+def _metrics(place: Place, token: str) -> Metrics | None:
     from prometheus_client.parser import text_string_to_metric_families
 
     metrics: dict[str, list[tuple[Mapping[str, str], float]]] = defaultdict(list)
     try:
-        _, text = _get(host, port, "/metrics")
+        response, text = _get(place, "/metrics", token)
+        if response.status != 200:
+            return None
         text = "".join(line for line in text.splitlines(keepends=True) if line.startswith(_OWN))
         for family in text_string_to_metric_families(text):
             for sample in family.samples:

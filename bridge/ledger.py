@@ -14,6 +14,7 @@ by stream and start time. After a crash: what was acknowledged is there; the res
 import asyncio
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 from time import monotonic, perf_counter
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from bridge.bookkeeper import Bookkeeper, Change, LedgerSettings, Post, Recover
+from bridge.bookkeeper import Bookkeeper, Change, LedgerSettings, Post, Recover, source_of
 from bridge.mark import Floors, Mark, Shown, series_name, state_of, write_mark
 from bridge.model import Batch, DataPoint, Exemplar, Kind, Observation, Receipt, Usage
 from bridge.store import Damaged, MetricRow, SeriesRow, Snapshot, Store, StoreUnavailable, TargetRow
@@ -109,6 +110,7 @@ class Ledger:
         self.metrics: dict[int, MetricRow] = {}
         self.families: dict[int, dict[int, Series]] = {}
         self.count = 0
+        self.sources: Counter[str] = Counter()
         self.totals: dict[str, int] = {}
         self.targets: dict[tuple[str, str], TargetRow] = {}
         self.scrapers: dict[str, int] = {}
@@ -134,10 +136,11 @@ class Ledger:
                 await self._loaded.wait()
         return self.ready
 
-    async def post(self, batch: Batch, body: bytes) -> Receipt:
-        """Count the points of one request body; returns after the commit. Raises StoreUnavailable."""
+    async def post(self, batch: Batch, body: bytes, source: str = "") -> Receipt:
+        """Count the points of one request body, which came with the token `source`; returns after the commit. Raises
+        StoreUnavailable."""
         answer: asyncio.Future[Receipt] = self._loop.create_future()
-        self._queue.put(_Request(Post(batch, body), answer))
+        self._queue.put(_Request(Post(batch, body, source=source), answer))
         return await answer
 
     async def forget_requests(self, days: float) -> int:
@@ -210,6 +213,7 @@ class Ledger:
             if series.floor is not None:
                 self.floors.drop(series_name(self.metrics[row.metric], row))
         self.count -= len(gone)
+        self.sources.subtract(source_of(row) for row in gone)
         self.floors.forget(before)
         return len(gone)
 
@@ -283,6 +287,7 @@ class Ledger:
             self.families.setdefault(row.metric, {})[row.id] = Series(row, floor=floor)
         self.floors.forget(self._clock_ms() - self._settings.expiry_ms)
         self.count = len(snapshot.series)
+        self.sources = Counter(map(source_of, snapshot.series))
         self.totals = snapshot.totals
         self.floors.reach(self.totals)
         self.targets = {(row.job, row.instance): row for row in snapshot.targets}
@@ -315,6 +320,7 @@ class Ledger:
             if known is None:
                 known = family[row.id] = Series(row, floor=self.floors.find(self.metrics[row.metric], row))
                 self.count += 1
+                self.sources[source_of(row)] += 1
             elif known.floor is not None:
                 self._raise(known, row)
             else:
@@ -353,9 +359,10 @@ class Ledger:
             self._store.close()
             call(self._stopped.set_result, None)
 
-    def _live(self, metric: int) -> tuple[int, int]:
-        """Series shown: of a metric, and in all. Read from the writer thread; a commit's lag does not matter."""
-        return len(self.families.get(metric, ())), self.count
+    def _live(self, metric: int, source: str) -> tuple[int, int, int]:
+        """Series shown: of a metric, of a source, and in all. Read from the writer thread; a commit's lag does not
+        matter."""
+        return len(self.families.get(metric, ())), self.sources[source], self.count
 
     def _serve(self, bookkeeper: Bookkeeper) -> None:
         stopping = False

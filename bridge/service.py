@@ -22,14 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from bridge import units
-from bridge.config import NOT_SETTINGS, Config
+from bridge.config import NOT_SETTINGS, TOKEN_VARIABLES, Config, listened
 from bridge.control import Host, Launchd, ServiceError, Supervisor, Systemd
-from bridge.daemon import StartError, default_state_dir, split_address
+from bridge.daemon import default_state_dir, token_file
+from bridge.listeners import StartError, own_certificate, split_address
 from bridge.store import DATABASE, StateError, lock
+from bridge.tokens import TokenError, Tokens
 from bridge.units import NAME, Address
+from bridge.web.access import is_loopback
 
 READY_SECONDS = 60.0
-STATE_FILES = ("lock", "state.*", "state-*", ".state-*", "served*")
+STATE_FILES = ("lock", "tokens", "state.*", "state-*", ".state-*", "served*")
 """What `uninstall --purge` removes from a state directory."""
 SYSTEM_STATE = Path("var/lib") / NAME
 PLACES = {"XDG_CONFIG_HOME", "XDG_STATE_HOME", "CLAUDE_CONFIG_DIR", "CODEX_HOME"}
@@ -47,6 +50,12 @@ class Service:
     addresses: Sequence[Address]
     state: Path
     scope: str
+    is_tls: bool = False
+
+    @property
+    def asked(self) -> Address:
+        """The address that is asked whether the bridge answers: one of this machine's own, if it listens there."""
+        return next((address for address in self.addresses if is_loopback(address[0])), self.addresses[0])
 
     @property
     def paths(self) -> list[Path]:
@@ -112,16 +121,16 @@ class Service:
             _say(f"{'file' if path.exists() else 'no file':<10} {path}")
         self.supervisor.require()
         _say(f"{'running' if self.supervisor.is_running() else 'stopped':<10} {NAME}")
-        answer, url = _ask(self.addresses[0]), _url(self.addresses[0])
+        answer, url = _ask(self.asked, is_tls=self.is_tls), _url(self.asked)
         _say(f"{'answers' if answer else 'no answer':<10} {url} {answer}".rstrip())
         return os.EX_OK if answer == "ready" else os.EX_UNAVAILABLE
 
     def wait_ready(self) -> str:
         """Wait until the bridge answers; its address."""
-        url = _url(self.addresses[0])
+        url = _url(self.asked)
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
-            if (answer := _ask(self.addresses[0])) == "ready":
+            if (answer := _ask(self.asked, is_tls=self.is_tls)) == "ready":
                 return url
             if answer == STRANGER:
                 raise ServiceError(f"{url} is answered by {STRANGER}; stop it, or choose another `listen`")
@@ -139,7 +148,7 @@ class Service:
 
 def service_of(host: Host, config: Config, variables: Mapping[str, str], *, system: bool) -> Service:
     """The service of this host and these settings. `variables` become part of it."""
-    at = addresses(config.listen, has_ipv6=_has_ipv6())
+    at = addresses(listened(config), has_ipv6=_has_ipv6())
     supervisor: Supervisor
     if host.platform == "linux":
         supervisor = Systemd(host, system=system)
@@ -153,7 +162,8 @@ def service_of(host: Host, config: Config, variables: Mapping[str, str], *, syst
     else:
         raise ServiceError(f"no service on {host.platform}: there has to be systemd (Linux) or launchd (macOS)")
     state = host.root / SYSTEM_STATE if system else _state(config, variables, host)
-    return Service(supervisor, files, host.command, at, state, " --system" if system else "")
+    scope = " --system" if system else ""
+    return Service(supervisor, files, host.command, at, state, scope, bool(config.tls.cert))
 
 
 def _state(config: Config, variables: Mapping[str, str], host: Host) -> Path:
@@ -199,7 +209,7 @@ def variables_of(environment: Mapping[str, str], flags: Mapping[str, Any], *, sy
     kept = {
         name: value
         for name, value in environment.items()
-        if (name.startswith("BRIDGE_") and not name.startswith(NOT_SETTINGS))
+        if (name.startswith("BRIDGE_") and not name.startswith(NOT_SETTINGS) and name not in TOKEN_VARIABLES)
         or (name in PLACES and value.startswith("/") and not system)
     }
     for key, value in flags.items():
@@ -243,9 +253,12 @@ def _url(address: Address) -> str:
     return f"http://{units.shown(_reachable(address))}"
 
 
-def _ask(address: Address) -> str:
-    """What answers there: `ready`, `not ready`, STRANGER or nothing. Ours is known by its Server header."""
+def _ask(address: Address, *, is_tls: bool = False) -> str:
+    """What answers there: `ready`, `not ready`, STRANGER or nothing. Ours is known by its Server header. `is_tls`:
+    addresses beyond loopback speak TLS."""
     connection = http.client.HTTPConnection(*_reachable(address), timeout=10)
+    if is_tls and not is_loopback(address[0]):
+        connection = http.client.HTTPSConnection(*_reachable(address), timeout=10, context=own_certificate())
     try:
         connection.request("GET", "/-/ready")
         reply = connection.getresponse()
@@ -293,7 +306,7 @@ def main(options: argparse.Namespace, config: Config, flags: Mapping[str, Any], 
     host = host or Host(sys.platform, Path.home(), os.geteuid(), os.environ, stable_command(Path.home()))
     try:
         return _do(options, config, variables_of(host.environment, flags, system=options.system), host)
-    except (ServiceError, StartError, StateError) as error:
+    except (ServiceError, StartError, StateError, TokenError) as error:
         sys.stderr.write(f"{NAME}: {error}\n")
         return error.exit_code
     except OSError as error:
@@ -322,6 +335,7 @@ def _do(options: argparse.Namespace, config: Config, variables: Mapping[str, str
     if verb == "install":
         if system:
             _require_public(service.command)
+        _require_tokens(service, config, host)
         service.install()
         _say(f"next       {NAME} setup     (what Claude Code needs to be told)")
         if host.platform == "linux" and not system:
@@ -331,6 +345,27 @@ def _do(options: argparse.Namespace, config: Config, variables: Mapping[str, str
     else:
         service.change(verb)
     return os.EX_OK
+
+
+def _require_tokens(service: Service, config: Config, host: Host) -> None:
+    """What the bridge would refuse to start for is said before it is a service."""
+    if any(host.environment.get(name) for name in TOKEN_VARIABLES):
+        raise ServiceError(
+            "BRIDGE_TOKEN and BRIDGE_TOKENS would stand in a file that others may read; put the tokens into token_file"
+            f" (`{NAME} token NAME` makes one) and unset the variables",
+            os.EX_CONFIG,
+        )
+    public = next((address for address in service.addresses if not is_loopback(address[0])), None)
+    if public and not config.insecure_no_auth:
+        file = token_file(config, service.state)
+        allowed = Tokens(file, ())
+        allowed.refresh()
+        if not allowed:
+            raise ServiceError(
+                f"{units.shown(public)} is beyond loopback and {file} has no token: make one with `{NAME} token NAME`"
+                f"{' --state-dir ' + str(service.state) if service.scope else ''}",
+                os.EX_CONFIG,
+            )
 
 
 def _require_user(host: Host, *, system: bool) -> None:

@@ -10,12 +10,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shlex
 import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from bridge import edits
 from bridge.edits import JSON, MISSING, TOML, EditError, Language
@@ -23,6 +25,7 @@ from bridge.tools import claude_code
 
 BACKUP_SUFFIX = ".before-claude-otel-bridge"
 RECORD_SUFFIX = ".claude-otel-bridge-undo"
+HEADERS = "OTEL_EXPORTER_OTLP_HEADERS"
 TOOLS = ("claude", "codex", "gemini")
 SHELLS = ("bash", "zsh", "fish")
 STATUSLINE: edits.Path = ("statusLine",)
@@ -60,20 +63,41 @@ def endpoint(listen: tuple[str, ...]) -> str:
     return f"http://{wildcard.get(host, host)}:{port}"
 
 
+def remote(url: str) -> str:
+    """The address of a bridge elsewhere, without a path. Raises SetupError 64."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise SetupError(f"--endpoint {url}: expected an address alone, as in https://bridge.example:4318", os.EX_USAGE)
+    return f"{parts.scheme}://{parts.netloc}"
+
+
+def token_of(environment: Mapping[str, str]) -> str:
+    """The token that the tool has to send, from BRIDGE_TOKEN; empty where there is none. Raises SetupError 78."""
+    token = environment.get("BRIDGE_TOKEN", "").strip()
+    if token and not re.fullmatch(r"[A-Za-z0-9._~+/=-]+", token):
+        raise SetupError("BRIDGE_TOKEN: a token has letters, digits and -._~+/= alone", os.EX_CONFIG)
+    return token
+
+
 def home(environment: Mapping[str, str]) -> Path:
     """The home directory, also where HOME is not set."""
     given = environment.get("HOME", "")
     return Path(given) if given.startswith("/") else Path.home()
 
 
-def target(tool: str, environment: Mapping[str, str], address: str, statusline: str = "") -> Target:
-    """The settings of a tool that should export to the bridge at `address`; of Claude Code also its status line."""
+def target(
+    tool: str, environment: Mapping[str, str], address: str, statusline: str = "", *, token: str = ""
+) -> Target:
+    """The settings of a tool that should export to the bridge at `address`, with a token if there is one; of Claude
+    Code also its status line."""
     match tool:
         case "claude":
             wanted: dict[edits.Path, tuple[Any, str]] = {
                 ("env", variable.name): (variable.value.format(endpoint=address), variable.why)
                 for variable in claude_code.ENVIRONMENT
             }
+            if token:
+                wanted["env", HEADERS] = (claude_code.headers(token), "says who sends; whoever reads this file may too")
             for name in claude_code.OVERRIDES:
                 wanted["env", name] = (MISSING, "wins over the general one and leads elsewhere")
             if statusline:
@@ -84,14 +108,24 @@ def target(tool: str, environment: Mapping[str, str], address: str, statusline: 
             file = _place("CLAUDE_CONFIG_DIR", ".claude", {**environment, "CLAUDE_CONFIG_DIR": first}) / "settings.json"
             return Target("Claude Code", file, JSON, wanted, address)
         case "codex":
+            headers = {"headers": {"Authorization": f"Bearer {token}"}} if token else {}
             wanted = {
-                ("otel", key): ({"otlp-http": {"endpoint": f"{address}/v1/{signal}", "protocol": "binary"}}, why)
+                ("otel", key): (
+                    {"otlp-http": {"endpoint": f"{address}/v1/{signal}", "protocol": "binary", **headers}},
+                    why,
+                )
                 for key, signal, why in (
                     ("exporter", "logs", "events, with the tokens of each response"),
                     ("metrics_exporter", "metrics", "tokens of each turn"),
                 )
             }
             return Target("Codex", _place("CODEX_HOME", ".codex", environment) / "config.toml", TOML, wanted, address)
+        case _ if token:
+            raise SetupError(
+                f"Gemini CLI has no setting for headers; export {HEADERS}='{claude_code.headers('TOKEN')}' in your"
+                " shell with the token in it, and run setup without BRIDGE_TOKEN",
+                os.EX_USAGE,
+            )
         case _:
             wanted = {
                 ("telemetry", "enabled"): (True, "nothing is exported without it"),
@@ -108,10 +142,11 @@ def _place(variable: str, usual: str, environment: Mapping[str, str]) -> Path:
     return Path(given).expanduser() if given else home(environment) / usual
 
 
-def exports(address: str, shell: str) -> str:
+def exports(address: str, shell: str, token: str = "") -> str:
     """Claude Code's environment as commands of a shell."""
     form = "set -gx {} {}\n" if shell == "fish" else "export {}={}\n"
-    return "".join(form.format(name, value) for name, value in claude_code.environment(address).items())
+    variables = claude_code.environment(address) | ({HEADERS: claude_code.headers(token)} if token else {})
+    return "".join(form.format(name, value) for name, value in variables.items())
 
 
 # --- deciding: texts in, texts out -----------------------------------------------------------------------------
@@ -370,12 +405,14 @@ def statusline_command(program: tuple[str, ...], variables: Mapping[str, str]) -
     return " ".join((*assigned, shlex.join((*program, "statusline"))))
 
 
-def run(tool: str, action: str, address: str, environment: Mapping[str, str], statusline: str = "") -> str:
-    """Do what the command asks, `show`, `write` or `undo`; the lines to print."""
-    aim = target(tool, environment, address, statusline)
+def run(
+    tool: str, action: str, address: str, environment: Mapping[str, str], statusline: str = "", *, token: str = ""
+) -> str:
+    """Do what the command asks, `show`, `write` or `undo`; the lines to print, without the token."""
+    aim = target(tool, environment, address, statusline, token=token)
     record = _load(aim.file)
     if action == "write" and record is not None and STATUSLINE in record.wrote and not statusline:
-        aim = target(tool, environment, address, record.wrote[STATUSLINE]["command"])
+        aim = target(tool, environment, address, record.wrote[STATUSLINE]["command"], token=token)
     if action == "undo":
         did, left = undo(aim)
         if not did:
@@ -411,7 +448,12 @@ def _statusline_of_others(aim: Target) -> str:
 def _line(change: Change) -> str:
     name = ".".join(change.path)
     if change.before is MISSING:
-        return f"  + {name} = {json.dumps(change.after)}   {change.why}"
+        return f"  + {name} = {_shown(change.after)}   {change.why}"
     if change.after is MISSING:
-        return f"  - {name} = {json.dumps(change.before)}   {change.why}"
-    return f"  ~ {name} = {json.dumps(change.after)}   was {json.dumps(change.before)}; {change.why}"
+        return f"  - {name} = {_shown(change.before)}   {change.why}"
+    return f"  ~ {name} = {_shown(change.after)}   was {_shown(change.before)}; {change.why}"
+
+
+def _shown(value: Any) -> str:
+    """A value without the secret that may stand in it."""
+    return re.sub(r"(?i)(bearer( |%20)|authorization=)[^\s\"',]+", r"\1...", json.dumps(value))

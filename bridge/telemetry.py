@@ -64,6 +64,13 @@ class Telemetry:
         self.refused = Counter(
             "bridge_http_refused", "Requests answered with an error, by HTTP code.", ["code"], registry=registry
         )
+        self.denied = Counter(
+            "bridge_http_denied", "Requests without a known token (401) or above an allowance (429).", ["code"],
+            registry=registry,
+        )  # fmt: skip
+        self.stalls = Counter(
+            "bridge_loop_stalls", "Times that the event loop did not turn for more than a second.", registry=registry
+        )
         self.accepted = Counter("bridge_points_accepted", "Data points counted.", registry=registry)
         self.duplicate = Counter(
             "bridge_points_duplicate", "Data points that had been counted before.", registry=registry

@@ -22,14 +22,19 @@ from google.protobuf.message import Message
 from bridge import otlp
 from bridge.model import Batch, Drop, Typed
 from bridge.otlp import MAX_INT64, MAX_POINTS, DecodeError, Encoding, Records, TooLarge
-from bridge.tools import claude_code
+from bridge.tools import known as tools
 from tests.recordings import ALL_REQUESTS, MESSAGES, Request
 
 CHAIN = 6
 """Changes of one recorded request before the next one is taken."""
+MAX_BODY = 256 * 2**10
+"""A body of more bytes ends its chain: doubled again and again it would be larger than a receiver takes."""
 MEMBERS = 4
 """Members that are left of each list of a recorded request, but in one chain of twenty."""
 SLOW_SECONDS = 1.0
+
+
+SPAN_KEYS = frozenset({"model", "session.id", "duration_ms", "input_tokens", "tool_name"})
 
 
 class Mutant(NamedTuple):
@@ -112,6 +117,8 @@ def _in_json(path: str, root: Any, chance: random.Random) -> Iterator[Mutant]:
         except (UnicodeEncodeError, OverflowError):  # half a surrogate pair, or an integer of 400 digits
             body = json.dumps(root).encode()
         yield Mutant(path, Encoding.JSON, body if chance.random() < 0.7 else _injured(body, chance))
+        if len(body) > MAX_BODY:
+            return
 
 
 def _change(root: Any, chance: random.Random) -> None:
@@ -156,6 +163,8 @@ def _in_protobuf(path: str, message: Message, chance: random.Random) -> Iterator
         _change_message(message, chance)
         body = message.SerializeToString()
         yield Mutant(path, Encoding.PROTOBUF, body if chance.random() < 0.6 else _injured(body, chance))
+        if len(body) > MAX_BODY:
+            return
 
 
 def _change_message(message: Any, chance: random.Random) -> None:
@@ -234,25 +243,38 @@ def _injured(body: bytes, chance: random.Random) -> bytes:
 # --- what must hold for each -----------------------------------------------------------------------------------
 
 
-def attempt(mutant: Mutant) -> str:
+def attempt(mutant: Mutant, known: otlp.Known | None = None) -> str:
     """Decode one mutant as the receiver does; what became of it. Any other error than the decoder's own is raised."""
     path, encoding, body = mutant
     try:
         match path:
             case "/v1/metrics":
-                _check_batch(otlp.decode_metrics(body, encoding))
+                _check_batch(otlp.decode_metrics(body, encoding, known=known))
             case "/v1/logs":
-                records = otlp.decode_logs(body, encoding, claude_code.EVENT_KEYS)
+                records = otlp.decode_logs(body, encoding, tools.EVENT_KEYS)
                 _check_records(records)
-                usages, points, refused = claude_code.read_events(records.events)
+                usages, points, refused = tools.read_events(records.events)
                 _check_batch(Batch(points, refused, tuple(usages)))
             case _:
-                _check_records(otlp.decode_traces(body, encoding))
+                _check_records(otlp.decode_traces(body, encoding, SPAN_KEYS), SPAN_KEYS)
     except DecodeError:
         return "refused"
     except TooLarge:
         return "too large"
     return "taken"
+
+
+def _check_memory_changes_nothing(mutant: Mutant, known: otlp.Known) -> None:
+    """What a decoder remembers of other bodies must not show in what it makes of this one."""
+    if mutant.path == "/v1/metrics":
+        assert _metrics(mutant, known) == _metrics(mutant, None)
+
+
+def _metrics(mutant: Mutant, known: otlp.Known | None) -> str:
+    try:
+        return repr(otlp.decode_metrics(mutant.body, mutant.encoding, known=known))  # NaN equals itself as text
+    except (DecodeError, TooLarge) as error:
+        return repr(error)
 
 
 def _check_batch(batch: Batch) -> None:
@@ -274,24 +296,29 @@ def _check_batch(batch: Batch) -> None:
         assert min(usage.input, usage.output, usage.cache_read, usage.cache_write) >= 0
 
 
-def _check_records(records: Records) -> None:
+def _check_records(records: Records, keys: frozenset[str] | None = None) -> None:
     assert 0 <= records.counts.total() <= MAX_POINTS
     assert len(records.events) <= records.counts.total()
     for event in records.events:
-        assert set(event.attributes) <= claude_code.EVENT_KEYS[event.name]
+        assert set(event.attributes) <= (keys or tools.EVENT_KEYS[event.name])
+        assert 0 <= min(event.start, event.time) <= max(event.start, event.time) <= MAX_INT64
 
 
 def run(seed: int, count: int) -> Outcome:
     """Attempt `count` mutants of a seed. Whatever is raised names the mutant that did it."""
     counts: Counter[str] = Counter()
     longest = 0.0
+    known = otlp.Known()
     for number, mutant in zip(range(count), mutants(seed), strict=False):
         began = time.thread_time()
         try:
-            counts[attempt(mutant)] += 1
+            outcome = attempt(mutant, known)
+            if number % 8 == 0:
+                _check_memory_changes_nothing(mutant, known)
         except Exception as error:
             error.add_note(f"seed {seed}, mutant {number}: {mutant.path} {mutant.encoding} {mutant.body[:2000]!r}")
             raise
+        counts[outcome] += 1
         longest = max(longest, time.thread_time() - began)
     unit = 1 if sys.platform == "darwin" else 1024
     return Outcome(counts, longest, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

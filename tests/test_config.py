@@ -50,8 +50,13 @@ def test_members_of_tables_by_environment() -> None:
         ("", {"BRIDGE_LIMITS_SERIES": "many"}, ["BRIDGE_LIMITS_SERIES: limits.series: expected `int`, got `str`"]),
         ("zzz = 1", {}, ["unknown setting zzz", "known are"]),
         ("listen = []", {}, ["listen: at least one address"]),
-        ("", {"BRIDGE_LISTEN": "foo"}, ["listen: foo: expected HOST:PORT with a loopback host"]),
-        ('listen = ["0.0.0.0:4318"]', {}, ["listen: 0.0.0.0:4318", "other addresses are refused"]),
+        ("", {"BRIDGE_LISTEN": "foo"}, ["listen: foo: expected HOST:PORT with localhost or an IP"]),
+        ('listen = ["bridge.example:4318"]', {}, ["listen: bridge.example:4318", "192.168.1.5:4318"]),
+        ('listen_ingest = ["1.2.3:4318"]', {}, ["listen_ingest: 1.2.3:4318: expected"]),
+        ('listen_read = ["localhost:4318"]', {}, ["listen: localhost:4318 stands there twice"]),
+        ('trusted_proxies = ["10.0.0.1/8"]', {}, ["trusted_proxies: 10.0.0.1/8 has host bits set"]),
+        ('[tls]\ncert = "a.pem"', {}, ["tls: cert and key belong together"]),
+        ("", {"BRIDGE_TOKEN_FIEL": "x"}, ["unknown variable BRIDGE_TOKEN_FIEL", "BRIDGE_TOKEN_FILE?"]),
         ('listen = ["localhost:99999"]', {}, ["listen: localhost:99999: the port must be between"]),
         ('labels.deny = ["user.id", "model"]', {}, ["labels.deny: model: usage is counted by it", "labels.drop"]),
         ('source = "transcripts"\ntranscripts = false', {}, ["source: transcripts alone", "change one of them"]),
@@ -70,7 +75,7 @@ def test_what_is_shown_reads_back_equal() -> None:
     )
     shown = to_toml(config)
     assert load(shown, {}, {}, "shown") == config
-    names = {"labels", "limits"} | {key for key in DESCRIPTIONS if "." not in key}
+    names = {"labels", "limits", "tls"} | {key for key in DESCRIPTIONS if "." not in key}
     assert set(tomllib.loads(shown)) == names - {"prices"}
     priced = settings('[prices."my-model"]\ninput = 1.5\noutput = 3')
     assert load(to_toml(priced), {}, {}, "shown") == priced

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge.daemon import StartError, bind, default_state_dir, split_address
+from bridge.daemon import default_state_dir
+from bridge.listeners import StartError, bind, split_address
 from tests.daemon import Daemon
 
 MakeDaemon = Callable[..., Daemon]

@@ -52,6 +52,8 @@ def test_every_shell_command_is_one_that_a_test_runs() -> None:
         r"\.venv/bin/claude-otel-bridge doctor( --json)?",
         r"\.venv/bin/claude-otel-bridge report( \w+)?( --\w+( [\w/]+)?)*",
         r"\.venv/bin/claude-otel-bridge backup claude-otel-bridge\.db",
+        r"\.venv/bin/claude-otel-bridge token( --remove)? alice",
+        r"BRIDGE_TOKEN=\.\.\. claude-otel-bridge setup --write --endpoint https://192\.168\.1\.5:4318",
         *SERVICE_COMMANDS,
         r"(cp claude-otel-bridge\.db|rm -f) ~/\.local/state/claude-otel-bridge/state\.db.*",
     )

@@ -605,3 +605,43 @@ def test_what_fits() -> None:
     assert not f("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "grpc")
     assert set(misfits({}, ENDPOINT)) == set(OURS)
     assert not misfits(OURS, ENDPOINT)
+
+
+# --- a bridge elsewhere ----------------------------------------------------------------------------------------
+
+TOKEN = "bridge_0123456789abcdefghijklmnopqrstuvwxyz-_"
+AFAR = "https://bridge.example:4318"
+
+
+def test_a_bridge_elsewhere_gets_its_token_and_nobody_sees_it(tmp_path: Path) -> None:
+    environment = {"HOME": str(tmp_path), "BRIDGE_TOKEN": TOKEN}
+    token = setup.token_of(environment)
+    for action in ("show", "write"):
+        shown = setup.run("claude", action, setup.remote(AFAR), environment, token=token)
+        assert TOKEN not in shown
+        assert "Authorization=..." in shown
+    file = tmp_path / ".claude" / "settings.json"
+    env = json.loads(file.read_text())["env"]
+    assert env["OTEL_EXPORTER_OTLP_ENDPOINT"] == AFAR
+    assert env["OTEL_EXPORTER_OTLP_HEADERS"] == f"Authorization=Bearer%20{TOKEN}"
+    assert "nothing to change" in setup.run("claude", "write", AFAR, environment, token=token)
+    assert TOKEN not in setup.run("claude", "undo", AFAR, environment, token=token)
+    assert not file.exists()
+    codex = setup.run("codex", "write", AFAR, environment, token=token)
+    assert TOKEN not in codex
+    assert f'Authorization = "Bearer {TOKEN}"' in (tmp_path / ".codex" / "config.toml").read_text()
+    with pytest.raises(setup.SetupError, match="Gemini CLI has no setting for headers"):
+        setup.run("gemini", "show", AFAR, environment, token=token)
+    assert f"export OTEL_EXPORTER_OTLP_HEADERS=Authorization=Bearer%20{TOKEN}\n" in setup.exports(AFAR, "bash", token)
+
+
+@pytest.mark.parametrize("url", ["bridge.example:4318", "ftp://a", "https://", "http://a/v1/metrics", "http://a?b"])
+def test_an_endpoint_is_an_address_alone(url: str) -> None:
+    with pytest.raises(setup.SetupError, match="expected an address alone"):
+        setup.remote(url)
+
+
+@pytest.mark.parametrize("token", ["two words", "a,b", 'quo"te', "new\nline", "per%20cent"])
+def test_a_token_that_headers_cannot_carry(token: str) -> None:
+    with pytest.raises(setup.SetupError, match="BRIDGE_TOKEN"):
+        setup.token_of({"BRIDGE_TOKEN": token})

@@ -188,6 +188,11 @@ def environment(endpoint: str) -> dict[str, str]:
     return {variable.name: variable.value.format(endpoint=endpoint) for variable in ENVIRONMENT}
 
 
+def headers(token: str) -> str:
+    """The value of OTEL_EXPORTER_OTLP_HEADERS that sends a token; SDKs take it as W3C baggage, where a space is %20."""
+    return f"Authorization=Bearer%20{token}"
+
+
 def fits(name: str, value: str, endpoint: str) -> bool:
     """Whether a value that is there already does as well as the recommended one."""
     match name:
@@ -209,6 +214,7 @@ def fits(name: str, value: str, endpoint: str) -> bool:
             return value == environment(endpoint).get(name)
 
 
+_PORTS = {"http": 80, "https": 443}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -216,12 +222,12 @@ def _leads_to(url: str, endpoint: str, path: str) -> bool:
     """Whether exports to `url` reach this path of the bridge at `endpoint`."""
     try:
         given, ours = urlsplit(url), urlsplit(endpoint)
-        ports = given.port or 80, ours.port or 80
+        ports = given.port or _PORTS.get(given.scheme), ours.port or _PORTS.get(ours.scheme)
     except ValueError:
         return False
     both = given.hostname, ours.hostname
     same_host = both[0] == both[1] or all(host in _LOOPBACK for host in both)
-    return given.scheme == "http" and same_host and ports[0] == ports[1] and given.path.rstrip("/") == path
+    return given.scheme == ours.scheme and same_host and ports[0] == ports[1] and given.path.rstrip("/") == path
 
 
 def misfits(variables: Mapping[str, str], endpoint: str) -> dict[str, str]:

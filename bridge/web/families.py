@@ -5,10 +5,11 @@ to those that show nothing now, so a name never changes hands; none is that of o
 of a sample of another family. Two attribute sets that become one label set are one series: what counts is added up.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from bridge import exposition, naming
+from bridge.bookkeeper import SOURCE, source_of
 from bridge.ledger import Ledger, Series
 from bridge.mark import held_up
 from bridge.model import Histogram, Kind, Value
@@ -33,6 +34,8 @@ _OUR_NAMES = frozenset(
 )  # fmt: skip
 """Names that a client must not write to; its metric of such a name gets `exported_` in front."""
 RESERVED = frozenset({"job", "instance"})
+SOURCE_LABEL = "source"
+"""The token that a series came with. Where there are tokens no attribute of a client gets this name."""
 _RESERVED_OF = {"histogram": RESERVED | {"le"}, "summary": RESERVED | {"quantile"}}
 
 
@@ -57,12 +60,18 @@ class Shown(NamedTuple):
 
 
 class Families:
-    """The families of a ledger in one naming strategy."""
+    """The families of a ledger in one naming strategy. `has_sources` tells whether there are tokens."""
 
-    def __init__(self, ledger: Ledger, strategy: Strategy) -> None:
+    def __init__(self, ledger: Ledger, strategy: Strategy, has_sources: Callable[[], bool]) -> None:
         self._ledger = ledger
         self._strategy = strategy
+        self._has_sources = has_sources
         self._named: dict[Escaping | None, tuple[int, list[Family]]] = {}
+
+    @property
+    def reserved(self) -> frozenset[str]:
+        """Label names that no attribute of a client gets."""
+        return RESERVED | {SOURCE_LABEL} if self._has_sources() else RESERVED
 
     def families(self, escaping: Escaping | None) -> list[Family]:
         """All families, in the order of their first metric; also those that show nothing now."""
@@ -117,7 +126,11 @@ class Families:
 
     def _labels(self, series: Series, kind: str, escaping: Escaping | None) -> str:
         row = series.row
-        pairs = self.pairs(row.labels, _RESERVED_OF.get(kind, RESERVED), escaping)
+        source = source_of(row)
+        reserved = _RESERVED_OF.get(kind, self.reserved) | self.reserved
+        pairs = self.pairs(tuple(pair for pair in row.labels if pair[0] != SOURCE), reserved, escaping)
+        if source:
+            pairs = (*pairs, (SOURCE_LABEL, source))
         is_overflow = not row.job and not row.instance
         text = exposition.labels_text(pairs if is_overflow else (*pairs, ("job", row.job), ("instance", row.instance)))
         if escaping is None:

@@ -29,8 +29,8 @@ from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry
 from bridge.tools.claude_code import XRG_PROFILE, environment
 from bridge.usage_store import ModelRow
-from bridge.web.families import RESERVED, Families
-from bridge.web.server import Refused, Routes, response
+from bridge.web.families import Families
+from bridge.web.server import Refused, Routes, caller_of, response
 
 INSTANCE_HEADER = "X-Bridge-Instance"
 """What this run of the bridge calls itself, so that `doctor` knows it from a stranger on the port."""
@@ -57,11 +57,12 @@ class Views:
         telemetry: Telemetry,
         clock_ms: Callable[[], int],
         instance: str = "",
+        has_sources: Callable[[], bool] = bool,
     ) -> None:
         self._ledger = ledger
         self._instance = {INSTANCE_HEADER: instance} if instance else None
         self._strategy = Strategy(config.names)
-        self._families = Families(ledger, self._strategy)
+        self._families = Families(ledger, self._strategy, has_sources)
         self._has_created = config.created_series
         self._telemetry = telemetry
         self._clock_ms = clock_ms
@@ -208,7 +209,7 @@ class Views:
             if not number:
                 text = "Attributes of what sent the metrics of this job and instance."
                 yield exposition.header("target_info", "info", text, openmetrics=wanted.openmetrics)
-            pairs = self._families.pairs(target.attributes, RESERVED, escaping)
+            pairs = self._families.pairs(target.attributes, self._families.reserved, escaping)
             labels = exposition.labels_text((*pairs, ("job", target.job), ("instance", target.instance)))
             yield exposition.sample_lines(style, labels, 1, None, 0)
 
@@ -232,7 +233,7 @@ def _scraper(request: web.BaseRequest, names: frozenset[str]) -> str:
         return ""
     product = request.headers.get("User-Agent", "").partition("/")[0]
     asked = ",".join(sorted(names))
-    key = f"{request.remote}|{product}|{request.rel_url.query.get('scraper', '')}|{asked}"
+    key = f"{caller_of(request).address}|{product}|{request.rel_url.query.get('scraper', '')}|{asked}"
     return key if len(key) <= 256 else f"{key[:200]}~{blake2b(key.encode(), digest_size=16).hexdigest()}"
 
 

@@ -25,7 +25,8 @@ from bridge.otlp import Encoding, Signal
 from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle
 from bridge.tools import known
-from bridge.web.server import Refused, Routes, response
+from bridge.web.access import Turns
+from bridge.web.server import Refused, Routes, caller_of, response
 
 BUDGET_BYTES = 32 * 2**20
 """All bodies that are being read and decoded, at most."""
@@ -33,6 +34,9 @@ BUDGET_POINTS = 100_000
 """All data points that wait for their commit, at most; one takes about a kilobyte."""
 LOAD_SECONDS = 5.0
 """How long an export waits for the state to be loaded; the client's own timeout is ten."""
+TURNS = 4
+"""Exports of one token, or of one address beyond loopback, that are taken at a time."""
+TURN_SECONDS = 5.0
 SMALL_BODY = 128 * 2**10
 """Larger bodies are decoded in a thread, so that scrapes are answered meanwhile."""
 
@@ -53,6 +57,7 @@ class Receiver:
         self._known = otlp.Known()
         self._in_flight = 0
         self._points = 0
+        self._turns = Turns(TURNS)
         self._decoder = ThreadPoolExecutor(1, "decode")
         self.draining = False
 
@@ -83,6 +88,18 @@ class Receiver:
         content_encoding = _content_encoding(request)
         if self.draining or not (self._ledger.ready or await self._ledger.wait_ready(LOAD_SECONDS)):
             raise Refused(503, "starting or stopping; try again")
+        caller = caller_of(request)
+        if caller.is_local and not caller.source:
+            return await self._take_export(request, signal, encoding, content_encoding, "")
+        try:
+            async with self._turns.turn(caller.name, TURN_SECONDS):
+                return await self._take_export(request, signal, encoding, content_encoding, caller.source)
+        except TimeoutError:
+            raise Refused(429, "too many exports at once; send one after the other") from None
+
+    async def _take_export(
+        self, request: web.BaseRequest, signal: Signal, encoding: Encoding, content_encoding: str, source: str
+    ) -> web.Response:
         taken = 0
         try:
             wire, taken = await self._read(request)
@@ -94,8 +111,8 @@ class Receiver:
             body = await self._beside(len(wire), lambda: otlp.decompress(wire, content_encoding, self._limit))
             answer = await self._beside(len(body), lambda: self._decode(body, encoding, signal))
             if isinstance(answer, otlp.Records):
-                return await self._take_records(answer, body, signal, encoding)
-            receipt = await self._post(answer, body)
+                return await self._take_records(answer, body, signal, encoding, source)
+            receipt = await self._post(answer, body, source)
         except otlp.DecodeError as error:
             raise Refused(400, str(error)) from None
         except otlp.TooLarge as error:
@@ -149,13 +166,13 @@ class Receiver:
         self._throttle.warning("too_large", f"refused an export: {what}")
         return Refused(413, what)
 
-    async def _post(self, batch: Batch, body: bytes) -> Receipt:
+    async def _post(self, batch: Batch, body: bytes, source: str) -> Receipt:
         count = len(batch.points)
         if self._points and self._points + count > BUDGET_POINTS:
             raise Refused(503, "too many data points at once; try again")
         self._points += count
         try:
-            return await self._ledger.post(batch, body)
+            return await self._ledger.post(batch, body, source)
         finally:
             self._points -= count
 
@@ -177,7 +194,7 @@ class Receiver:
     # --- what came of it ---
 
     async def _take_records(
-        self, records: otlp.Records, body: bytes, signal: Signal, encoding: Encoding
+        self, records: otlp.Records, body: bytes, signal: Signal, encoding: Encoding, source: str
     ) -> web.Response:
         """Count log records or spans by name; what events tell of goes into the ledger."""
         counter = self._telemetry.log_records if signal is Signal.LOGS else self._telemetry.spans
@@ -187,7 +204,7 @@ class Receiver:
         refused: tuple[Refusal, ...] = ()
         if records.events:
             usages, points, wrong = known.read_events(records.events)
-            refused = (await self._post(Batch(points, wrong, tuple(usages)), body)).refused
+            refused = (await self._post(Batch(points, wrong, tuple(usages)), body, source)).refused
             for refusal in refused:
                 self._telemetry.dropped.labels(refusal.reason.value).inc()
         return response(otlp.success(signal, encoding, len(refused), refusal_text(refused)), encoding.value)

@@ -129,7 +129,7 @@ class Schedule:
         self.store = Store(self.directory, lambda _: cast("sqlite3.Connection", self.storage))
         usage = UsageBooks(self.store, no_price, str, known.REPORTING)
         self.core = Bookkeeper(
-            self.store, LedgerSettings(), lambda: self.now, lambda _: (0, 0), usage, refuse_damaged
+            self.store, LedgerSettings(), lambda: self.now, lambda *_: (0, 0, 0), usage, refuse_damaged
         )  # fmt: skip
         self.core.open(None, lambda *_: False)
 
