@@ -85,9 +85,7 @@ def home(environment: Mapping[str, str]) -> Path:
     return Path(given) if given.startswith("/") else Path.home()
 
 
-def target(
-    tool: str, environment: Mapping[str, str], address: str, statusline: str = "", *, token: str = ""
-) -> Target:
+def target(tool: str, environment: Mapping[str, str], address: str, statusline: str = "", *, token: str = "") -> Target:
     """The settings of a tool that should export to the bridge at `address`, with a token if there is one; of Claude
     Code also its status line."""
     match tool:
