@@ -113,6 +113,9 @@ class Worth(NamedTuple):
     unpriced: int = 0
 
 
+NOTHING = Worth()
+
+
 def worth(cell: Cell, *, reports_cost: bool = True) -> Worth:
     """The larger of both sums for each kind of token; the cost of one side and that of the tokens beyond it.
 
@@ -161,6 +164,8 @@ def beyond(cell: Cell, *, reports_cost: bool = True) -> Worth:
         return Worth()
     requests = Worth(cell.requests, cell.requests_cost, cell.unpriced)
     told = add_worth(requests, Worth(cell.covered, cell.covered_cost, cell.covered_unpriced))
+    if told == NOTHING:
+        return worth(cell, reports_cost=reports_cost)
     whole = cell._replace(requests=told.tokens, requests_cost=told.cost, unpriced=told.unpriced)
     return add_worth(worth(whole, reports_cost=reports_cost), told, -1)
 
@@ -171,6 +176,8 @@ def settle(entries: Iterable[tuple[int, Worth]], changes: Mapping[int, Worth]) -
     What is added stands at its own time. What is taken away, since a request now tells of it, is taken from the latest
     entries that have it; what none has, as a cost that proves to be lower, stands at the time of the last change.
     """
+    if all(min(_numbers(change)) >= 0 for change in changes.values()):
+        return dict(changes)
     added = {time: [max(0, number) for number in _numbers(change)] for time, change in changes.items()}
     owed = [sum(min(0, number) for number in numbers) for numbers in zip(*map(_numbers, changes.values()), strict=True)]
     booked = {time: list(numbers) for time, numbers in added.items()}
@@ -199,14 +206,14 @@ def _numbers(worth: Worth) -> list[int]:
 def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
     """a + sign * b."""
     return Cell(
-        _tokens(x + sign * y for x, y in zip(a.requests, b.requests, strict=True)),
+        _add(a.requests, b.requests, sign),
         a.requests_cost + sign * b.requests_cost,
         a.unpriced + sign * b.unpriced,
-        _tokens(x + sign * y for x, y in zip(a.metrics, b.metrics, strict=True)),
+        _add(a.metrics, b.metrics, sign),
         a.metrics_cost + sign * b.metrics_cost,
         a.prompt + sign * b.prompt,
         a.metrics_unpriced + sign * b.metrics_unpriced,
-        _tokens(x + sign * y for x, y in zip(a.covered, b.covered, strict=True)),
+        _add(a.covered, b.covered, sign),
         a.covered_cost + sign * b.covered_cost,
         a.covered_unpriced + sign * b.covered_unpriced,
     )
@@ -214,10 +221,10 @@ def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
 
 def add_worth(a: Worth, b: Worth, sign: int = 1) -> Worth:
     """a + sign * b."""
-    tokens = _tokens(x + sign * y for x, y in zip(a.tokens, b.tokens, strict=True))
-    return Worth(tokens, a.cost + sign * b.cost, a.unpriced + sign * b.unpriced)
+    return Worth(_add(a.tokens, b.tokens, sign), a.cost + sign * b.cost, a.unpriced + sign * b.unpriced)
 
 
-def _tokens(counts: Iterable[int]) -> Tokens:
-    first, second, third, fourth = counts
-    return first, second, third, fourth
+def _add(a: Tokens, b: Tokens, sign: int) -> Tokens:
+    if b == NO_TOKENS:
+        return a
+    return (a[0] + sign * b[0], a[1] + sign * b[1], a[2] + sign * b[2], a[3] + sign * b[3])

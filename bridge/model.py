@@ -145,7 +145,7 @@ class Exemplar(Struct, frozen=True):
     span_id: str
 
 
-class DataPoint(Struct, frozen=True):
+class DataPoint(Struct, frozen=True, gc=False):
     """One OTLP data point. Times are Unix nanoseconds, 0 where the sender gave none.
 
     The value None is OTLP's "no recorded value": the series has ended for now.

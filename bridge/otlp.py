@@ -321,7 +321,7 @@ def _protobuf_sum(
         else:
             decoded = _protobuf_point(metric, NumberDataPoint.FromString(raw), content_keys)
             if has_head and len(raw) <= MAX_KNOWN_POINT and _adds_attributes_alone(tail):
-                known.note_attributes(tail, decoded[1])
+                decoded = (metric, known.note_attributes(tail, decoded[1]), *decoded[2:])
             yield decoded
 
 

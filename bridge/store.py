@@ -432,7 +432,8 @@ class MetricRow(NamedTuple):
 class SeriesRow(msgspec.Struct, frozen=True, gc=False):
     """One series. Numbers are in 1/scale of the unit; what is shown is value - base. None: a gauge that has ended.
 
-    One is made for nearly every point, which as a named tuple would take five times as long.
+    One is made for nearly every point, which as a named tuple would take five times as long; so `fixed` keeps the
+    checksum of what never changes of it.
     `time` is the latest point's (gauges take the later one), `seen` the arrival of the last point in Unix
     milliseconds, `born` the commit in which the series appeared or came back and `birth` its time, `expires`
     whether it leaves when its sender is silent.
@@ -450,6 +451,7 @@ class SeriesRow(msgspec.Struct, frozen=True, gc=False):
     birth: int
     seen: int
     expires: bool
+    fixed: int = 0
 
 
 class StreamRow(NamedTuple):
@@ -519,9 +521,10 @@ def _value(stored: Any) -> Any:
 
 def _series_row(row: tuple[Any, ...]) -> SeriesRow:
     series_id, metric, job, instance, labels, value, base, time, born, birth, seen, expires = row
+    pairs = _PAIRS.decode(labels)
     return SeriesRow(
-        series_id, metric, job, instance, _PAIRS.decode(labels), _value(value), _value(base), time, born, birth, seen,
-        bool(expires),
+        series_id, metric, job, instance, pairs, _value(value), _value(base), time, born, birth, seen, bool(expires),
+        proof((metric, job, instance, pairs, bool(expires))),
     )  # fmt: skip
 
 
@@ -540,12 +543,14 @@ def _proved_series(row: tuple[Any, ...]) -> SeriesRow:
         series = _series_row(row[:-1])
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise StoreUnavailable(f"database disk image is malformed: series {row[0]} cannot be read") from None
-    proved((*msgspec.structs.astuple(series)[1:], row[-1]))
+    if _series_proof(series) != row[-1]:
+        raise StoreUnavailable(f"database disk image is malformed: series {row[0]} was changed")
     return series
 
 
 def _series_proof(row: SeriesRow) -> int:
-    return proof(msgspec.structs.astuple(row)[1:])
+    changing = (row.value, row.base, row.time, row.born, row.birth, row.seen)
+    return zlib.crc32(msgspec.msgpack.encode(changing), row.fixed)
 
 
 def _run(row: tuple[Any, ...]) -> Run:
@@ -825,6 +830,7 @@ class Store:
     def add_series(self, key: bytes, row: SeriesRow) -> SeriesRow:
         """Insert a series; the id of `row` is ignored, the result has the right one."""
         labels = msgspec.json.encode(row.labels).decode()
+        row = msgspec.structs.replace(row, fixed=proof((row.metric, row.job, row.instance, row.labels, row.expires)))
         cursor = self.execute(
             "insert into series (key, metric, job, instance, labels, value, base, time, born, birth, seen, expires,"
             " proof) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

@@ -327,13 +327,14 @@ class UsageStore:
         )
 
     def metric_rollups(self, session: int, model: int) -> Iterator[tuple[int, Worth]]:
-        """What metrics say beyond the requests of a cell, by quarter, the latest first."""
+        """What metrics say beyond the requests of a cell, by quarter, the latest first; asked for when it is needed."""
         rows = self._store.execute(
             "select quarter, input, output, cache_read, cache_write_5m, cost, unpriced from rollup"
             f" where part = {METRICS} and session = ? and model = ? order by quarter desc",
             (session, model),
         )
-        return ((quarter, Worth(tuple(tokens), cost, unpriced)) for quarter, *tokens, cost, unpriced in rows)
+        for quarter, *tokens, cost, unpriced in rows:
+            yield quarter, Worth(tuple(tokens), cost, unpriced)
 
     def forget_empty_rollups(self, session: int, model: int) -> None:
         """Delete what metrics once said beyond the requests of a cell, and no more."""
@@ -455,9 +456,13 @@ def _cell(row: tuple[Any, ...]) -> Cell:
     return Cell._make((tuple(row[:4]), *row[4:6], tuple(row[6:10]), *row[10:13], tuple(row[13:17]), *row[17:]))
 
 
-def _bounded(numbers: Iterable[int]) -> Iterator[int]:
+def _bounded(numbers: Iterable[int]) -> list[int]:
     """Numbers as SQLite can hold them."""
-    return (max(-MAX_INTEGER, min(number, MAX_INTEGER)) for number in numbers)
+    return [number if -MAX_INTEGER <= number <= MAX_INTEGER else _bound(number) for number in numbers]
+
+
+def _bound(number: int) -> int:
+    return MAX_INTEGER if number > 0 else -MAX_INTEGER
 
 
 def _flat(cell: Cell) -> tuple[int, ...]:

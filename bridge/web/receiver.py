@@ -226,6 +226,8 @@ _CLOSE = {"Connection": "close"}
 
 def refusal_text(refused: tuple[Refusal, ...]) -> str:
     """For partialSuccess: how many points of which metrics were refused, and why."""
+    if not refused:
+        return ""
     counts = Counter((refusal.reason, refusal.metric) for refusal in refused)
     by_reason: dict[Drop, list[str]] = {}
     for (reason, metric), count in counts.most_common(8):
