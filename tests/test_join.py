@@ -21,6 +21,7 @@ from bridge.model import Source, Usage, UsageCell
 from bridge.pricing import normalise_model
 from bridge.store import Store
 from bridge.usage import UsageBooks
+from tests.test_cases import unsynced
 
 TOOL = "claude_code"
 HOUR = 3_600_000
@@ -263,7 +264,7 @@ class Books:
 
     def __init__(self, directory: Path) -> None:
         directory.mkdir()
-        self.store = Store(directory)
+        self.store = Store(directory, connect=unsynced)
         self.store.open(0)
         self.books = UsageBooks(self.store, price, normalise_model, {TOOL})
         self.books.load()
@@ -407,6 +408,53 @@ def test_history_that_a_process_has_counted_in_its_metrics_is_reported_once(
         assert books.truth == {"claude-opus-4-6": (16, 160, 0, 0, 3 * old[0].cost + 3, 0)}
         assert books.select(f"{sums} where part = 1") == [(5 * 8, 50 * 8, 8 * old[0].cost)]
         assert books.select(f"{sums} where part = 2") == [(1, 10, 3)]
+
+
+# --- rollups ---------------------------------------------------------------------------------------------------
+
+PROMPTED = "codex"
+"""A tool whose metrics tell of whole prompts and of no cost."""
+
+
+def random_tellings(choose: random.Random) -> Iterator[Usage | tuple[UsageCell, int, int]]:
+    """What two tools tell of anything in any order, as if no source had anything to do with another."""
+    for number in range(60):
+        tool = choose.choice((TOOL, PROMPTED))
+        session, model = choose.choice(("s0", "s1", "")), choose.choice(("claude-opus-4-6", "claude-haiku-4-5"))
+        time_ms = HOUR * choose.randrange(1, 30) + number
+        if choose.random() < 0.5:
+            kinds = (*KINDS, "usd") if tool == TOOL else (*KINDS[:2], "prompt", "cached", "written")
+            yield UsageCell(tool, session, model, choose.choice(kinds)), choose.randrange(1, 200), time_ms
+        else:
+            request = Request(number, session, model, (choose.randrange(9), choose.randrange(99), 30, 7), time_ms,
+                              choose.random() < 0.5, choose.random() < 0.5)  # fmt: skip
+            told = usage(request, choose.choice(list(Source)))
+            yield Usage(tool, *(getattr(told, name) for name in told.__struct_fields__[1:]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_rollups_add_up_to_the_truth_whatever_is_told(tmp_path: Path, seed: int) -> None:
+    choose = random.Random(seed)
+    books = Books(tmp_path / "books")
+    with closing(books.store):
+        for one in random_tellings(choose):
+            with books.store.transaction():
+                if isinstance(one, Usage):
+                    books.books.add(one)
+                else:
+                    books.books.add_metric(*one, one[2] - 60_000)
+                books.books.flush(1, 1)
+            names = dict(books.select("select id, tool from model"))
+            truths = {}
+            for model, row in books.books._store.truths().items():
+                total = add_worth(row.own, worth(row.pool, reports_cost=names[model] == TOOL))
+                truths[model] = (*total.tokens, total.cost, total.unpriced, row.requests)
+            columns = "sum(input), sum(output), sum(cache_read), sum(cache_write_5m), sum(cost), sum(unpriced)"
+            rows = books.select(f"select model, {columns}, sum(requests) from rollup group by 1")
+            assert {row[0]: row[1:] for row in rows if any(row[1:])} == {
+                model: truth for model, truth in truths.items() if any(truth)
+            }
+            assert not books.select("select * from rollup where min(input, output, cache_read, cache_write_5m) < 0")
 
 
 settings.register_profile("join", deadline=None, derandomize=True, max_examples=200)

@@ -193,6 +193,8 @@ def assert_holds(daemon: Daemon, sources: tuple[str, ...], runs: list[str]) -> N
     expected = tuple(truth(sources, runs).values())
     ((*found,),) = eventually(lambda: select(daemon, f"select {sums} from truth"))
     assert tuple(found) == expected
+    reported = "sum(input), sum(output), sum(cache_read), sum(cache_write)"
+    assert select(daemon, f"select {reported} from usage_sums") == [expected]
     assert all(value >= least for value, least in zip(tokens(daemon).values(), expected, strict=True))
 
 
