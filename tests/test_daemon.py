@@ -9,13 +9,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from bridge.daemon import default_state_dir
+from bridge import filesystem
+from bridge.daemon import Forgetting, default_state_dir
 from bridge.listeners import StartError, bind, split_address
 from tests.daemon import Daemon
+from tests.test_cases import Rig, body_of, read_point
 
 MakeDaemon = Callable[..., Daemon]
 
@@ -278,3 +282,71 @@ def test_wrong_prices_are_settings_errors(tmp_path: Path) -> None:
         wrong = run("--config", str(file), "config", "check")
         assert wrong.returncode == os.EX_CONFIG
         assert f"{file}: prices.claude-sonnet-4-5" in wrong.stderr
+
+
+# --- places and clocks ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "why"),
+    [
+        ("ext4", "/home/u/state", ""),
+        ("nfs4", "/home/u/state", "on a network file system (nfs4)"),
+        ("smbfs", "/Volumes/x", "on a network file system (smbfs)"),
+        ("apfs", "/Users/u/Library/Mobile Documents/com~apple~CloudDocs/b", "synchronised with other machines (Mobile"),
+        ("ext4", "/home/u/Dropbox (Work)/state", "synchronised with other machines (Dropbox"),
+        ("ext4", "/home/u/Dropboxes/state", ""),
+    ],
+)
+def test_places_that_no_database_should_be_in(
+    kind: str, path: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(filesystem, "kind", lambda _: kind)
+    found = filesystem.distrust(Path(path))
+    assert why in found
+    assert bool(why) is bool(found)
+
+
+def test_a_state_in_a_synchronised_folder_is_refused_unless_it_is_wanted(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.state_dir = daemon.directory / "Dropbox" / "state"
+    refused = run(*daemon.command[3:])
+    assert refused.returncode == os.EX_CANTCREAT
+    assert "choose another with --state-dir, or pass --allow-network-fs" in refused.stderr
+    assert not list(daemon.state_dir.iterdir())
+    daemon.arguments = ("--allow-network-fs",)
+    daemon.start()
+    assert "synchronised with other machines" in daemon.log
+
+
+def test_a_clock_that_was_set_makes_nothing_old_for_an_hour() -> None:
+    """Deltas without a session are known by their body alone, for as long as it is remembered."""
+    body = body_of([read_point("{start: 1, time: 2, type: input, delta: 5}")])
+    with TemporaryDirectory() as directory, closing(Rig(Path(directory))) as rig:
+        rig.start()
+        uptime = 0
+        forgetting = Forgetting(rig.ledger, 90, lambda: rig.now_ms, lambda: uptime)
+        rig.post(body)
+        for days, elapsed_days, total in ((366, 0, 5), (-366, 0, 5), (6, 6, 5), (2, 2, 10)):
+            rig.now_ms += days * 86_400_000
+            uptime += elapsed_days * 86_400_000
+            rig.call(forgetting.forget())
+            rig.post(body)
+            assert rig.totals == {"tokens.input": total}, (days, elapsed_days)
+
+
+def test_a_stopped_bridge_still_holds_its_state_and_goes_on(daemon: Daemon, make_daemon: MakeDaemon) -> None:
+    """As after sleep: nothing is lost meanwhile, and nobody else may take the state."""
+    assert daemon.process is not None
+    daemon.post("/v1/metrics", ONE)
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        second = make_daemon()
+        second.state_dir = daemon.state_dir
+        second.spawn()
+        assert second.process is not None
+        assert second.process.wait(20) == os.EX_TEMPFAIL
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+    daemon.post("/v1/metrics", ONE)
+    assert daemon.samples()[INPUT] == "5"
