@@ -214,3 +214,17 @@ def test_damage_is_found_and_nothing_shows_less(tmp_path: Path, campaign: bool) 
     assert found["refused"] > count / 40
     missed = sum(number for result, number in found.items() if "identities" in result)
     assert missed <= 0.005 * count
+
+
+def test_the_log_of_a_damaged_database_goes_with_it(tmp_path: Path) -> None:
+    """Else SQLite would write the pages that stand in it over those of the copy."""
+    image = make_images(tmp_path)["killed"]
+    with closing(RecoveringRig(tmp_path, name="case")) as rig:
+        shutil.copytree(image.files, rig.directory, dirs_exist_ok=True)
+        size = (rig.directory / DATABASE).stat().st_size
+        (rig.directory / DATABASE).write_bytes(b"garbage." * (size // 8))
+        rig.start()
+        assert rig.recovered
+        (evidence,) = rig.directory.glob("state.corrupt-*")
+        assert {DATABASE, WAL} <= {path.name for path in evidence.iterdir()}
+        assert rig.held_totals == image.totals
