@@ -14,6 +14,7 @@ import contextlib
 import http.client
 import re
 import sqlite3
+import sys
 import threading
 import time
 from collections import Counter
@@ -101,7 +102,7 @@ class Tally:
 class Campaign:
     """Senders and pollers of one bridge. Faults that they see end up in `faults`."""
 
-    def __init__(self, daemon: Daemon, seed: int, size: tuple[int, int]) -> None:
+    def __init__(self, daemon: Daemon, seed: int, size: tuple[int, int], *, sessions_end: bool = True) -> None:
         self.daemon = daemon
         self.seed = seed
         self.senders: list[DeltaSender | CumulativeSender | EventSender] = [
@@ -112,6 +113,9 @@ class Campaign:
             EventSender("events", seed + 7, (1, 10)),
         ]
         self.writer = TranscriptWriter("transcript", seed + 8)
+        if not sessions_end:
+            for sender in self.senders:
+                sender.per_session = sys.maxsize
         self.faults: list[str] = []
         self.counts = Tally()
         self.longest_gap = 0.0

@@ -83,6 +83,7 @@ class _Books:
     def __init__(self) -> None:
         self.certain: Worth = Counter()
         self.possible: Worth = Counter()
+        self.per_session = PER_SESSION
         self.past: deque[Export] = deque(maxlen=REMEMBERED)
         self._open: dict[bytes, Export] = {}
         self._lock = threading.Lock()
@@ -122,7 +123,7 @@ class DeltaSender(_Books):
     def make(self) -> Export:
         count = self._choose.randint(*self._points)
         self._made += 1
-        session = f"{self._name}-{self._made // PER_SESSION}" if self._has_session else ""
+        session = f"{self._name}-{self._made // self.per_session}" if self._has_session else ""
         rows = [self._row() for _ in range(count)]
         worth: Worth = Counter()
         for kind, _, value, _ in rows:
@@ -187,10 +188,10 @@ class CumulativeSender(_Books):
         self._since_certain: Worth = Counter()
 
     def make(self) -> Export:
-        if self._made % PER_SESSION == 0 and not self._open:
+        if self._made % self.per_session == 0 and not self._open:
             self._start = self._time = self._time + SECOND
             self._run.clear()
-            self._session = f"{self._name}-{self._made // PER_SESSION}"
+            self._session = f"{self._name}-{self._made // self.per_session}"
         self._made += 1
         self._time += self._choose.randint(1, SECOND)
         worth: Worth = Counter()
