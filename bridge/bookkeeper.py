@@ -267,6 +267,8 @@ class Bookkeeper:
         """Take the state from the disk again. Raises StoreUnavailable."""
         if self._must_reopen:
             self._store.reopen()
+        else:
+            self._store.make_room()
         loaded = self._snapshot()
         self.is_lost = self._must_reopen = False
         return loaded

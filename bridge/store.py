@@ -705,9 +705,7 @@ class Store:
             self._connection.close()
             self._connection = self._connect(self.path)
             self._configure()
-            self._connection.execute(f"pragma busy_timeout = {PATIENCE_MS}")
-            ((is_busy, *_),) = self._connection.execute("pragma wal_checkpoint(truncate)")
-            self._connection.execute("pragma busy_timeout = 5000")
+            is_busy = self._checkpoint()
         except sqlite3.Error as error:
             raise self._unavailable(error) from error
         if is_busy:
@@ -717,6 +715,18 @@ class Store:
         """Write something that changes nothing, to see whether the disk takes it. Raises StoreUnavailable."""
         self.execute(f"pragma user_version = {self.version}")
 
+    def make_room(self) -> None:
+        """On a full disk: the WAL, which grows up to four megabytes, is worth more as free space."""
+        with contextlib.suppress(sqlite3.Error):
+            self._checkpoint()
+
+    def _checkpoint(self) -> bool:
+        """Empty the WAL into the database; whether readers kept it from that."""
+        self._connection.execute(f"pragma busy_timeout = {PATIENCE_MS}")
+        ((is_busy, *_),) = self._connection.execute("pragma wal_checkpoint(truncate)")
+        self._connection.execute("pragma busy_timeout = 5000")
+        return bool(is_busy)
+
     def abandon(self) -> None:
         """Let go of a database whose files were moved away."""
         with contextlib.suppress(AttributeError, sqlite3.Error):
@@ -725,8 +735,7 @@ class Store:
     def close(self) -> None:
         """Checkpoint and close; no WAL is left behind unless somebody reads or the disk refuses."""
         with contextlib.suppress(sqlite3.Error):
-            self._connection.execute(f"pragma busy_timeout = {PATIENCE_MS}")
-            self._connection.execute("pragma wal_checkpoint(truncate)")
+            self._checkpoint()
         self._connection.close()
 
     @contextlib.contextmanager

@@ -626,6 +626,20 @@ def test_after_an_io_error_nothing_is_acknowledged_on_a_log_that_may_not_be_ther
         assert rig.totals == TRUTHS[1]
 
 
+def test_on_a_full_disk_the_log_makes_room(tmp_path: Path) -> None:
+    disk = FailingDisk(Fault(disk_full, FAULTS["one"]))
+    with rig_in(tmp_path, connect=watched(disk)) as rig:
+        rig.post(BODIES[0])
+        wal = rig.directory / f"{DATABASE}-wal"
+        assert wal.stat().st_size
+        disk.fail_at(1)
+        with pytest.raises(StoreUnavailable):
+            rig.post(BODIES[1])
+        assert not wal.stat().st_size
+        rig.post(BODIES[1])
+        assert rig.totals == TRUTHS[1]
+
+
 def test_a_quota_and_a_read_only_file_system_are_no_broken_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
