@@ -193,7 +193,7 @@ class Bookkeeper:
         self._must_reopen = False
         self.lost = 0
         self._commits = 0
-        self._now = 0
+        self._now = self._expired_before = 0
         self._secret = b""
         # Streams find their series anew when a setting that decides about series has changed.
         self._labelling = [
@@ -284,6 +284,7 @@ class Bookkeeper:
     def post(self, group: list[Post]) -> tuple[list[Receipt], Change | None]:
         """Post a group of requests in one transaction: a receipt for each, and what the projection must learn."""
         self._now = self._clock_ms()
+        self._expired_before = self._now - self._settings.expiry_ms
         if max(len(self._streams), len(self._series), len(self._runs), len(self._origins)) > MAX_CACHED:
             totals, targets = self._totals, self._targets
             self._clear()
@@ -346,7 +347,8 @@ class Bookkeeper:
             else:
                 stream = self._stream(origin, point)
                 posted.append((origin, stream, stream.row, point))
-                needs_hash = needs_hash or _needs_body_hash(origin, stream, point)
+                if not (origin.is_delta and origin.is_counting and stream.row.writer and point.time):
+                    needs_hash = needs_hash or _needs_body_hash(origin, stream, point)
         if needs_hash and request.transcript is None:
             # Equal bodies of two sources are two.
             body_hash = blake2b(request.body, digest_size=16, key=request.source.encode()).digest()
@@ -439,15 +441,14 @@ class Bookkeeper:
 
     def _add(self, origin: _Origin, stream: _Stream, amount: Value, time: int) -> None:
         row = self._series_row(stream.row.series)
-        has_left = row.expires and row.seen < self._now - self._settings.expiry_ms
+        has_left = row.expires and row.seen < self._expired_before
         if has_left and not self._was_shown(origin.row, row):
             row = self._return(origin, stream, row)
         total = add(row.value or 0, amount)
-        if isinstance(total, int):
-            total = max(min(total, MAX_INTEGER), -MAX_INTEGER)
-        self._books.series[row.id] = self._series[row.id] = replace(
-            row, value=total, time=max(row.time, time), seen=self._now
-        )
+        if isinstance(total, int) and not -MAX_INTEGER <= total <= MAX_INTEGER:
+            total = MAX_INTEGER if total > 0 else -MAX_INTEGER
+        latest = max(row.time, time)
+        self._books.series[row.id] = self._series[row.id] = replace(row, value=total, time=latest, seen=self._now)
 
     def _return(self, origin: _Origin, stream: _Stream, row: SeriesRow) -> SeriesRow:
         """A series that had left comes back as a new counter; above a limit, its stream feeds the overflow series."""

@@ -8,6 +8,7 @@ flight be committed, checkpoint, exit, all within two seconds.
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import resource
 import signal
@@ -189,6 +190,7 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
         for sock in sockets:
             await Site(runner, sock, context=None if is_loopback(sock.getsockname()[0]) else context).start()
         await ledger.start()
+        gc.freeze()  # what is loaded by now stays, so that no collection looks at it again
         if ledger.lost:
             log.warning(f"state went back {ledger.lost} transactions; counters stand still until it has caught up")
             telemetry.lost.inc(ledger.lost)

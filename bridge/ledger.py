@@ -42,13 +42,16 @@ COUNTING = frozenset({Kind.COUNTER.value, Kind.HISTOGRAM.value, Kind.EXPONENTIAL
 
 
 class Series(msgspec.Struct):
-    """One series of the projection. `labels` is the cache of whoever renders it; the exemplar is the newest.
+    """One series of the projection. The exemplar is the newest.
 
+    `labels`, `text` and `openmetrics` belong to whoever renders it; the latter two are emptied when it changes.
     `floor` is what it showed before the database went back, until it has caught up; `name` is its name in the mark.
     """
 
     row: SeriesRow
     labels: str = ""
+    text: bytes = b""
+    openmetrics: bytes = b""
     exemplar: Exemplar | None = None
     floor: Shown | None = None
     name: bytes = b""
@@ -110,6 +113,8 @@ class Ledger:
         self.metrics: dict[int, MetricRow] = {}
         self.families: dict[int, dict[int, Series]] = {}
         self.count = 0
+        self.appeared = 0
+        """How often a series appeared in the projection."""
         self.sources: Counter[str] = Counter()
         self.totals: dict[str, int] = {}
         self.targets: dict[tuple[str, str], TargetRow] = {}
@@ -287,6 +292,7 @@ class Ledger:
             self.families.setdefault(row.metric, {})[row.id] = Series(row, floor=floor)
         self.floors.forget(self._clock_ms() - self._settings.expiry_ms)
         self.count = len(snapshot.series)
+        self.appeared += self.count
         self.sources = Counter(map(source_of, snapshot.series))
         self.totals = snapshot.totals
         self.floors.reach(self.totals)
@@ -320,11 +326,13 @@ class Ledger:
             if known is None:
                 known = family[row.id] = Series(row, floor=self.floors.find(self.metrics[row.metric], row))
                 self.count += 1
+                self.appeared += 1
                 self.sources[source_of(row)] += 1
             elif known.floor is not None:
                 self._raise(known, row)
             else:
                 known.row = row
+            known.text = known.openmetrics = b""
             exemplar = change.exemplars.get(row.id)
             if exemplar is not None and (known.exemplar is None or exemplar.time >= known.exemplar.time):
                 known.exemplar = exemplar

@@ -544,7 +544,7 @@ def _proved_series(row: tuple[Any, ...]) -> SeriesRow:
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise StoreUnavailable(f"database disk image is malformed: series {row[0]} cannot be read") from None
     if _series_proof(series) != row[-1]:
-        raise StoreUnavailable(f"database disk image is malformed: series {row[0]} was changed")
+        raise StoreUnavailable(f"database disk image is malformed: a row was changed: series {row[0]}")
     return series
 
 

@@ -35,6 +35,8 @@ _AnyHistogram = Histogram | ExponentialHistogram
 
 def add(total: Value, amount: Value) -> Value:
     """total + amount. A plain 0 is the neutral element of every kind. Raises TypeError for what has no sum."""
+    if isinstance(total, int) and isinstance(amount, int):
+        return total + amount
     match total, amount:
         case (int() | float(), int() | float()):
             return _finite(total + amount)

@@ -67,6 +67,7 @@ class Families:
         self._strategy = strategy
         self._has_sources = has_sources
         self._named: dict[Escaping | None, tuple[int, list[Family]]] = {}
+        self._distinct: dict[str, tuple[int, bool]] = {}
 
     @property
     def reserved(self) -> frozenset[str]:
@@ -110,19 +111,40 @@ class Families:
         is_ours = name.startswith(_OUR_PREFIXES) or not _OUR_NAMES.isdisjoint(_taken_names(name, kind))
         return f"exported_{name}" if is_ours else name
 
+    def members(self, family: Family) -> Iterator[tuple[MetricRow, Series]]:
+        """The series of a family, with their metrics."""
+        for metric in family.metrics:
+            for series in self._ledger.families.get(metric.id, {}).values():
+                yield metric, series
+
+    def is_distinct(self, family: Family) -> bool:
+        """Whether no two series of a family have the same labels, where names are not escaped for each scraper."""
+        appeared = self._ledger.appeared
+        known = self._distinct.get(family.name)
+        if known is None or known[0] != appeared:
+            labels = [series.labels or self._labels(series, family.kind, None) for _, series in self.members(family)]
+            known = self._distinct[family.name] = (appeared, len(set(labels)) == len(labels))
+        return known[1]
+
     def shown(self, family: Family, scraper: int, escaping: Escaping | None) -> Iterator[Shown]:
         """The series of a family for a scraper that was shown commit `scraper` last."""
         merged: dict[str, Shown] = {}
-        for metric in family.metrics:
-            kind = Kind(metric.kind)
-            for series in self._ledger.families.get(metric.id, {}).values():
-                value, is_newborn = _value(series, kind, scraper)
-                if value is None:
-                    continue
-                labels = (series.labels if escaping is None else "") or self._labels(series, family.kind, escaping)
-                one = Shown(labels, value, metric.scale, series, is_newborn)
-                merged[labels] = _merge(merged[labels], one, kind) if labels in merged else one
+        for metric, series in self.members(family):
+            one = self.shown_one(family, metric, series, scraper, escaping)
+            if one is not None:
+                known = merged.get(one.labels)
+                merged[one.labels] = _merge(known, one, Kind(metric.kind)) if known is not None else one
         yield from merged.values()
+
+    def shown_one(
+        self, family: Family, metric: MetricRow, series: Series, scraper: int, escaping: Escaping | None
+    ) -> Shown | None:
+        """One series by itself; None where it shows nothing."""
+        value, is_newborn = _value(series, Kind(metric.kind), scraper)
+        if value is None:
+            return None
+        labels = (series.labels if escaping is None else "") or self._labels(series, family.kind, escaping)
+        return Shown(labels, value, metric.scale, series, is_newborn)
 
     def _labels(self, series: Series, kind: str, escaping: Escaping | None) -> str:
         row = series.row

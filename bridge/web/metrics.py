@@ -13,7 +13,7 @@ import gzip
 import html
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from hashlib import blake2b
 
@@ -29,7 +29,7 @@ from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry
 from bridge.tools.claude_code import XRG_PROFILE, environment
 from bridge.usage_store import ModelRow
-from bridge.web.families import Families
+from bridge.web.families import Families, Family, Shown
 from bridge.web.server import Refused, Routes, caller_of, response
 
 INSTANCE_HEADER = "X-Bridge-Instance"
@@ -120,10 +120,10 @@ class Views:
         scraper = _scraper(request, names)
         shown = self._ledger.shown_to(scraper) if scraper else None
         commits = self._ledger.commits
-        has_zeros, text = self._render(wanted, names, commits if shown is None else shown)
+        has_zeros, lines = self._render(wanted, names, commits if shown is None else shown)
         if scraper and request.method == "GET":  # an answer without a body has shown nothing
             await self._note(scraper, commits, must_commit=has_zeros or shown is None)
-        body = text.encode() + self._telemetry.render(wanted, names)
+        body = b"".join([*lines, self._telemetry.render(wanted, names)])
         return await _compressed(body, wanted.content_type, request.headers.get("Accept-Encoding", ""))
 
     async def _note(self, scraper: str, commits: int, *, must_commit: bool) -> None:
@@ -136,11 +136,11 @@ class Views:
             # A full disk must not end the scrapes; at worst this scraper sees a 0 a second time after a restart.
             log.warning("cannot note what a scraper was shown", extra={"error": error})
 
-    def _render(self, wanted: Format, names: frozenset[str], scraper: int) -> tuple[bool, str]:
-        """Whether a counter stands at 0 because it was born after commit `scraper`, and the families."""
+    def _render(self, wanted: Format, names: frozenset[str], scraper: int) -> tuple[bool, list[bytes]]:
+        """Whether a counter stands at 0 because it was born after commit `scraper`, and the lines of the families."""
         escaping = None if self._strategy.is_escaping else Escaping(wanted.escaping or "underscores")
         has_zeros = False
-        lines: list[str] = []
+        lines: list[bytes] = []
         for family in self._families.families(escaping):
             if names and not _is_wanted(family.name, names):
                 continue
@@ -149,23 +149,41 @@ class Views:
                 for metric in family.metrics
             }
             styles[0] = SampleStyle(family.name, family.kind, 0, wanted.openmetrics, self._has_created)
-            samples: list[str] = []
-            for shown in self._families.shown(family, scraper, escaping):
-                has_zeros |= shown.is_newborn
-                series = shown.series
-                samples.append(
-                    exposition.sample_lines(
-                        styles[shown.scale], shown.labels, shown.value, series.exemplar, series.row.birth
-                    )
-                )
-            if samples:
-                lines.append(exposition.header(family.name, family.kind, family.text, openmetrics=wanted.openmetrics))
-                lines += samples
+            if escaping is None and self._families.is_distinct(family):
+                zeros, samples = self._kept(family, styles, scraper, openmetrics=wanted.openmetrics)
+            else:
+                shown = list(self._families.shown(family, scraper, escaping))
+                zeros, samples = any(one.is_newborn for one in shown), [_line(styles, one) for one in shown]
+            has_zeros |= zeros
+            if any(samples):
+                header = exposition.header(family.name, family.kind, family.text, openmetrics=wanted.openmetrics)
+                lines += [header.encode(), *samples]
         joined_zeros, joined = self._joined(wanted, names, scraper)
-        lines += joined
+        lines.append("".join(joined).encode())
         if not names or "target_info" in names:
-            lines += self._target_info(wanted, escaping)
-        return has_zeros or joined_zeros, "".join(lines)
+            lines.append("".join(self._target_info(wanted, escaping)).encode())
+        return has_zeros or joined_zeros, lines
+
+    def _kept(
+        self, family: Family, styles: Mapping[int, SampleStyle], scraper: int, *, openmetrics: bool
+    ) -> tuple[bool, list[bytes]]:
+        """The lines of a family without merged series: kept from scrape to scrape where nothing changed."""
+        has_zeros = False
+        lines: list[bytes] = []
+        for metric in family.metrics:
+            for series in self._ledger.families.get(metric.id, {}).values():
+                line = series.openmetrics if openmetrics else series.text
+                if not line or series.row.born > scraper or series.floor is not None:
+                    one = self._families.shown_one(family, metric, series, scraper, None)
+                    line = b"" if one is None else _line(styles, one)
+                    if one is not None and one.is_newborn:
+                        has_zeros = True
+                    elif openmetrics:
+                        series.openmetrics = line
+                    else:
+                        series.text = line
+                lines.append(line)
+        return has_zeros, lines
 
     def _joined(self, wanted: Format, names: frozenset[str], shown: int) -> tuple[bool, list[str]]:
         """The families that are joined of all sources: labels are functions of tool and model alone."""
@@ -212,6 +230,12 @@ class Views:
             pairs = self._families.pairs(target.attributes, self._families.reserved, escaping)
             labels = exposition.labels_text((*pairs, ("job", target.job), ("instance", target.instance)))
             yield exposition.sample_lines(style, labels, 1, None, 0)
+
+
+def _line(styles: Mapping[int, SampleStyle], one: Shown) -> bytes:
+    """The lines of one series."""
+    series = one.series
+    return exposition.sample_lines(styles[one.scale], one.labels, one.value, series.exemplar, series.row.birth).encode()
 
 
 def _model_labels(model: ModelRow) -> list[tuple[str, str]]:
