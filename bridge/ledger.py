@@ -93,7 +93,14 @@ class Ledger:
         recover: Recover = refuse_damaged,
     ) -> None:
         self._store = store
-        self._usage = UsageBooks(store, price, normalise, known.REPORTING, hides_sessions=settings.hides_sessions)
+        self._usage = UsageBooks(
+            store,
+            price,
+            normalise,
+            known.REPORTING,
+            followed=frozenset(known.TRANSCRIPTS),
+            hides_sessions=settings.hides_sessions,
+        )
         self._settings = settings
         self._clock_ms = clock_ms
         self._failed = failed

@@ -181,6 +181,25 @@ class CostSource(StrEnum):
     UNPRICED = "unpriced"
 
 
+class SpanRank(IntEnum):
+    """What a span that tells of usage is: the sum of others, nobody knows, or one request."""
+
+    SUM = 0
+    UNKNOWN = 1
+    REQUEST = 2
+
+
+class Place(NamedTuple):
+    """Where in a trace a request was told of. Ids of 8 bytes, `parent` empty for none; times in Unix nanoseconds."""
+
+    trace: bytes
+    span: bytes
+    parent: bytes
+    start: int
+    end: int
+    rank: SpanRank
+
+
 class Usage(Struct, frozen=True, gc=False):
     """One API request as one source tells of it. Token counts are disjoint; `output` includes reasoning.
 
@@ -215,6 +234,7 @@ class Usage(Struct, frozen=True, gc=False):
     project: str = ""
     user: str = ""
     revision: int = 0
+    place: Place | None = None
     names: tuple[bytes, ...] = ()
     twins: tuple[bytes, ...] = ()
 

@@ -84,6 +84,7 @@ NO_RECORDED_VALUE = 1
 
 CONTENT_KEYS = frozenset(
     {"prompt", "response", "body", "command", "tool_input", "tool_parameters", "tool_result", "error", "headers"}
+    | {"process.command_args", "process.command_line"}
 )
 """Attributes that can hold what a user or a model wrote; their values never leave this module."""
 REDACTED = "redacted"

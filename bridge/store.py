@@ -108,6 +108,14 @@ create table usage (
 create index usage_time on usage (time);
 create index usage_request on usage (request) where request is not null and not is_history;
 create index usage_group on usage (session, model, input, cache_read) where not is_history;
+create table span (
+    usage integer primary key, trace blob not null, span blob not null, parent blob not null, begun integer not null,
+    ended integer not null, rank integer not null, response blob
+);
+create index span_id on span (span);
+create index span_parent on span (parent) where parent != x'';
+create index span_time on span (trace, rank, begun);
+create index span_response on span (response, begun) where response is not null;
 create table usage_key (key blob primary key) without rowid;
 create table session (
     id integer primary key, tool text not null, name text not null, has_metrics integer not null,

@@ -49,6 +49,9 @@ from bridge.usage_store import (
     UsageStore,
 )
 
+MAX_TOOLS = 50
+"""Tools, known ones and applications; further ones are counted as `other`."""
+OTHER = "other"
 MAX_MODELS = 200
 """Models of all tools together; what comes under further names is counted as `other`."""
 MAX_CACHED = 10_000
@@ -103,20 +106,30 @@ class UsageBooks:
     """Adds usage in the transaction of its caller. `price` gives nano-dollars or None, `normalise` a model's name.
 
     `reporting` are the tools whose metrics tell of cost; what the metrics of others are worth is estimated.
+    `followed` are those whose transcripts are read, all without it; of others one source alone tells of each request.
     `hides_sessions`: requests' sessions are stored as what the metrics' decoder makes of a denied attribute.
     """
 
     def __init__(
-        self, store: Store, price: Price, normalise: Normalise, reporting: Set[str], *, hides_sessions: bool = False
+        self,
+        store: Store,
+        price: Price,
+        normalise: Normalise,
+        reporting: Set[str],
+        *,
+        followed: Set[str] | None = None,
+        hides_sessions: bool = False,
     ) -> None:
         self._store = UsageStore(store)
         self._price = price
         self._normalise = normalise
         self._reporting = reporting
+        self._followed = followed
         self._hides_sessions = hides_sessions
         self._recent: dict[bytes, None] = {}
         self._models: dict[tuple[str, str], ModelRow] = {}
         self._tools: dict[int, str] = {}
+        self._tool_names: set[str] = set()
         self._truths: dict[int, TruthRow] = {}
         self._served: dict[tuple[int, str], ServedRow] = {}
         self._newest_history = 0
@@ -143,6 +156,7 @@ class UsageBooks:
         self._truths = self._store.truths()
         self._served = {(row.model, row.kind): row for row in self._store.served()}
         self._tools = {row.id: row.tool for row in self._models.values()}
+        self._tool_names = set(self._tools.values()).union(self._followed or (), self._reporting)
         self._newest_history = self._store.newest_history()
         unpriced = {model: self._total(model).unpriced for model in self._truths}
         return UsageChange(list(self._served.values()), list(self._models.values()), {}, unpriced)
@@ -233,12 +247,19 @@ class UsageBooks:
         if known is None:
             if self._is_twin(usage, candidate.key) or candidate.request in self._recent:
                 return False
-            self._judge(self._store.add(candidate._replace(is_counted=0)), None)
+            added = self._store.add(candidate._replace(is_counted=0))
+            if usage.place is not None:
+                self._store.note_place(added, usage.place)
+            self._judge(added, None)
             return True
-        if usage.source is Source.EVENT or _rank(candidate) <= _rank(known):
+        # An event is told of once, but for the span that knows more than the event in it.
+        is_repeat = usage.source is Source.EVENT and candidate.revision == known.revision
+        if is_repeat or _rank(candidate) <= _rank(known):
             return False
         changed = candidate._replace(id=known.id, is_history=known.is_history, is_counted=known.is_counted)
         self._store.write([changed])
+        if usage.place is not None:
+            self._store.note_place(changed, usage.place)
         self._judge(changed, known)
         return True
 
@@ -343,7 +364,9 @@ class UsageBooks:
         seeds = [row, *([before] if before is not None else []), *self._relatives(row, before)]
         groups: dict[tuple[int, ...], list[UsageRow]] = {}
         for seed in seeds:
-            if _group_key(seed) not in groups:
+            if not self._is_united(seed):
+                groups.setdefault((seed.id,), [seed])
+            elif _group_key(seed) not in groups:
                 groups[_group_key(seed)] = self._store.group(seed)
         olds = {found.id: found for members in groups.values() for found in members}
         olds[row.id] = before if before is not None else row
@@ -357,14 +380,24 @@ class UsageBooks:
             is_new = state.id == row.id and before is None
             self._book(None if is_new else olds[state.id], state)
 
+    def _is_united(self, row: UsageRow) -> bool:
+        """Whether a row may be the same request as one of another source."""
+        return self._followed is None or self._tools[row.model] in self._followed
+
     def _relatives(self, row: UsageRow, before: UsageRow | None) -> list[UsageRow]:
-        """Rows whose judgement depends on this one: of the same request id, or side-chain copies of its response."""
+        """Rows whose judgement depends on this one: of the same request id, or side-chain copies of its response; or
+        spans that it tells of in more detail."""
+        if not self._is_united(row):
+            return self._store.told_by(row.id)
         relatives = self._store.by_request(row.request) if row.request else []
         if row.source == Source.TRANSCRIPT and any(_is_original(state) for state in (row, before)):
             relatives += self._store.copies(row.key[:8])
         return [found for found in relatives if found.id != row.id]
 
     def _observed(self, row: UsageRow) -> Observed:
+        if not self._is_united(row):
+            is_retold = self._store.is_retold(row.id)
+            return Observed(row.id, row.key, Source(row.source), row.output, False, False, is_retold)
         partners = self._store.by_request(row.request) if row.request else []
         is_copy = bool(row.is_sidechain) and self._store.has_original(row.key[:8])
         return Observed(
@@ -523,7 +556,16 @@ class UsageBooks:
             cell = self._cells[session, model] = self._store.cell(session, model)
         return cell
 
+    def _tool(self, tool: str) -> str:
+        """A tool's name, or `other` when there are too many."""
+        if tool not in self._tool_names:
+            if len(self._tool_names) >= MAX_TOOLS:
+                return OTHER
+            self._tool_names.add(tool)
+        return tool
+
     def _session(self, tool: str, name: str) -> SessionRow:
+        tool = self._tool(tool)
         row = self._sessions.get((tool, name))
         if row is None:
             row = self._sessions[tool, name] = self._store.session(tool, name)
@@ -534,6 +576,7 @@ class UsageBooks:
         return self._sessions.setdefault((row.tool, row.name), row)
 
     def _model(self, tool: str, model: str) -> int:
+        tool = self._tool(tool)
         known = self._model_ids.get((tool, model))
         if known is None:
             known = self._model_ids[tool, model] = self._named_model(tool, model)
@@ -543,8 +586,8 @@ class UsageBooks:
         name = self._normalise(model) or "unknown"
         row = self._models.get((tool, name))
         if row is None:
-            if len(self._models) >= MAX_MODELS and name != "other":
-                return self._named_model(tool, "other")
+            if len(self._models) >= MAX_MODELS and name != OTHER:
+                return self._named_model(tool, OTHER)
             row = self._models[tool, name] = self._store.add_model(tool, name)
             self._tools[row.id] = tool
         return row.id

@@ -4,6 +4,7 @@ Like the store, this knows SQL and nothing of what the rows mean; every call sta
 
 Tables, with what bounds them:
   usage      one row a request and source, for `history_days`; its key stays for ever in `usage_key`, with other names
+  span       one row a request that a span told of, as long as its row: where in a trace it stands
   session    one row a session of a tool, for ever
   model      one row a tool and normalised model, at most MAX_MODELS in all
   label      projects and users, each text once
@@ -19,10 +20,13 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from bridge.join import Cell, Worth
+from bridge.model import Place, SpanRank
 from bridge.store import Store, proved
 
 MAX_INTEGER = 2**63 - 1
 _MAX_PARAMETERS = 500
+MAX_OPEN_SPANS = 1_000
+"""Spans around a request that are looked at for whether they sum it up: the latest."""
 LOADING, LOADED = 1, 2
 """Values of `is_history`: read, and not yet summed up; and that done."""
 REQUESTS, HISTORY, METRICS = 0, 1, 2
@@ -245,6 +249,50 @@ class UsageStore:
         values = (row.session, row.model, row.input, row.cache_read, written)
         return [UsageRow(*found) for found in self._store.execute(sql, values)]
 
+    # --- spans ---
+
+    def note_place(self, row: UsageRow, place: Place) -> None:
+        """Remember where in a trace a request was told of."""
+        response = row.request and place.trace + row.request
+        values = (row.id, *place[:5], int(place.rank), response)
+        self._store.execute("insert or replace into span values (?, ?, ?, ?, ?, ?, ?, ?)", values)
+
+    def is_retold(self, usage: int) -> bool:
+        """Whether another span of the trace tells of a span's request, or of the parts of it, in more detail.
+
+        That is a child; a request that was made while a span was open that is none and not its sibling; and the same
+        response, told of by a span that was opened later.
+        """
+        sql = (
+            "select 1 from span as outer_, span as inner_ where outer_.usage = ?1 and inner_.parent = outer_.span"
+            " and inner_.trace = outer_.trace"
+            " union all select 1 from span as outer_, span as inner_ where outer_.usage = ?1"
+            " and inner_.trace = outer_.trace and inner_.rank > outer_.rank and inner_.begun >= outer_.begun"
+            f" and outer_.rank < {int(SpanRank.REQUEST)} and inner_.begun <= outer_.ended"
+            " and inner_.ended <= outer_.ended and inner_.parent != outer_.parent"
+            " union all select 1 from span as outer_, span as inner_ where outer_.usage = ?1"
+            " and inner_.response = outer_.response and inner_.begun <= outer_.ended"
+            " and inner_.ended >= outer_.begun"
+            " and (inner_.begun, inner_.span) > (outer_.begun, outer_.span) limit 1"
+        )
+        return self._store.execute(sql, (usage,)).fetchone() is not None
+
+    def told_by(self, usage: int) -> list[UsageRow]:
+        """The rows of spans that may be retold by this one."""
+        sql = (
+            "select outer_.usage from span as inner_, span as outer_ where inner_.usage = ?1"
+            " and outer_.span = inner_.parent and outer_.trace = inner_.trace"
+            " union select usage from (select outer_.usage from span as inner_, span as outer_ where inner_.usage = ?1"
+            f" and outer_.trace = inner_.trace and outer_.rank in ({int(SpanRank.SUM)}, {int(SpanRank.UNKNOWN)})"
+            " and outer_.rank < inner_.rank and outer_.begun <= inner_.begun and outer_.ended >= inner_.ended"
+            f" order by outer_.begun desc limit {MAX_OPEN_SPANS})"
+            " union select outer_.usage from span as inner_, span as outer_ where inner_.usage = ?1"
+            " and outer_.response = inner_.response and outer_.begun <= inner_.ended"
+            " and outer_.ended >= inner_.begun and outer_.usage != ?1"
+        )
+        found = self._store.execute(f"select {_COLUMNS} from usage where id in ({sql})", (usage,))
+        return [UsageRow(*row) for row in found]
+
     def add(self, row: UsageRow) -> UsageRow:
         return row._replace(id=self._store.execute(_INSERT, row[1:]).lastrowid or 0)
 
@@ -348,7 +396,8 @@ class UsageStore:
         """Delete up to `most` rows older than `before` (Unix ms), keeping their keys; their number."""
         old = self._store.execute("select id, key from usage where time < ? limit ?", (before, most)).fetchall()
         self.remember(key for _, key in old)
-        self._store.executemany("delete from usage where id = ?", ((row_id,) for row_id, _ in old))
+        for table, name in (("usage", "id"), ("span", "usage")):
+            self._store.executemany(f"delete from {table} where {name} = ?", ((row_id,) for row_id, _ in old))
         return len(old)
 
     # --- sums ---

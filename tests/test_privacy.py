@@ -27,6 +27,7 @@ VISIBLE = "hirundo-rustica"
 """The value of an attribute that may be seen: where it does not show, the search itself is broken."""
 CONTENT_KEYS = (
     "prompt", "response", "body", "command", "tool_input", "tool_parameters", "tool_result", "error", "headers",
+    "process.command_args", "process.command_line",
 )  # fmt: skip
 TIMES = {"startTimeUnixNano": "1795235255603000000", "timeUnixNano": "1795235315603000000"}
 PAGES = ("/v1/metrics", "/metrics", "/", "/-/healthy", "/-/ready")
@@ -105,15 +106,17 @@ def logs_request() -> dict[str, Any]:
 def traces_request() -> dict[str, Any]:
     attributes = [attribute("user.remark", canary("a free span attribute")), *content("a span attribute")]
     typed = [attribute(f"typed.{at}", value) for at, value in enumerate(values("a typed span attribute"))]
+    genai = [attribute(f"gen_ai.{key}", canary(key)) for key in ("input.messages", "tool.call.arguments", "prompt")]
+    genai.append(attribute("gen_ai.usage.input_tokens", {"intValue": "5"}))
     span = {
         "name": "claude_code.tool",
         "traceState": canary("a trace state"),
-        "attributes": [*attributes, *typed],
+        "attributes": [*attributes, *typed, *genai],
         "events": [{"name": canary("a span event"), "attributes": content("a span event")}],
         "links": [{"traceState": canary("a link"), "attributes": content("a link")}],
         "status": {"code": 2, "message": canary("a span status")},
     }
-    resource = {"attributes": content("a span resource")}
+    resource = {"attributes": [attribute("service.name", "application"), *content("a span resource")]}
     return {"resourceSpans": [{"resource": resource, "scopeSpans": [{"spans": [span]}]}]}
 
 

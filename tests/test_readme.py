@@ -28,6 +28,12 @@ SERVICE_COMMANDS = (
 )
 """Their verbs are tested in test_service and test_launchd, their files in test_systemd and test_launchd."""
 
+GENAI_COMMANDS = (
+    r"pip install opentelemetry-\S+( (opentelemetry-\S+|httpx))*",
+    r"OTEL_SERVICE_NAME=my-app OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf opentelemetry-instrument python my_app\.py",
+)
+"""What test_real_clients does with an application of its own."""
+
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -55,6 +61,7 @@ def test_every_shell_command_is_one_that_a_test_runs() -> None:
         r"\.venv/bin/claude-otel-bridge token( --remove)? alice",
         r"BRIDGE_TOKEN=\.\.\. claude-otel-bridge setup --write --endpoint https://192\.168\.1\.5:4318",
         *SERVICE_COMMANDS,
+        *GENAI_COMMANDS,
         r"(cp claude-otel-bridge\.db|rm -f) ~/\.local/state/claude-otel-bridge/state\.db.*",
     )
     for block in blocks("sh"):

@@ -15,6 +15,9 @@ from bridge.tools.tool import Quantity
 TOOLS = {"gemini_cli": TOOL, "qwen-code": "qwen_code"}
 """The tools by what the names of their telemetry begin with."""
 
+SERVICES = {"gemini-cli": TOOL, "qwen-code": "qwen_code"}
+"""The tools by what their service.name begins with."""
+
 QUANTITIES = {f"{prefix}.token.usage": Quantity("", 1, 1e9) for prefix in TOOLS}
 _CELL_KINDS = {"input": "prompt", "tool": "prompt", "cache": "cached", "output": "output", "thought": "output"}
 

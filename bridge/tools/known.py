@@ -6,7 +6,7 @@ Law: this is the only list of tools. Each module says what its tool's names mean
 from collections.abc import Iterable, Set
 
 from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Refusal, Usage, UsageCell
-from bridge.tools import claude_code, claude_code_lines, codex, codex_lines, gemini, gemini_lines
+from bridge.tools import claude_code, claude_code_lines, codex, codex_lines, gemini, gemini_lines, genai
 from bridge.tools.tool import Quantity, Transcripts
 
 TRANSCRIPTS: dict[str, Transcripts] = {
@@ -17,14 +17,14 @@ TRANSCRIPTS: dict[str, Transcripts] = {
 """By tool, in the order in which they are looked at."""
 REPORTING = frozenset({claude_code.TOOL})
 """Tools whose metrics tell of cost."""
-EVENT_KEYS = {**claude_code.EVENT_KEYS, **codex.EVENT_KEYS, **gemini.EVENT_KEYS}
+EVENT_KEYS = {**claude_code.EVENT_KEYS, **codex.EVENT_KEYS, **gemini.EVENT_KEYS, **genai.EVENT_KEYS}
 """The events that are asked for anything, and the attributes of them that may leave the decoder."""
-SESSION_KEYS = frozenset({"session.id", "conversation.id"})
+SESSION_KEYS = frozenset({"session.id", "conversation.id", "gen_ai.conversation.id"})
 """Attributes that name a tool's session, by which sources are joined."""
-_METRICS = {"claude_code": claude_code, "codex": codex, **dict.fromkeys(gemini.TOOLS, gemini)}
+_METRICS = {"claude_code": claude_code, "codex": codex, **dict.fromkeys(gemini.TOOLS, gemini), "gen_ai": genai}
 """By the first part of a metric's name."""
-_EVENTS = {name: module for module in (claude_code, codex, gemini) for name in module.EVENT_KEYS}
-_SERVICES = {"claude-code": claude_code.TOOL, "codex": codex.TOOL}
+_EVENTS = {name: module for module in (claude_code, codex, gemini, genai) for name in module.EVENT_KEYS}
+_SERVICES = {"claude-code": claude_code.TOOL, "codex": codex.TOOL, **gemini.SERVICES}
 """By what a service.name begins with."""
 
 
@@ -44,15 +44,41 @@ def quantity(metric: Metric) -> Quantity | None:
     return module.QUANTITIES.get(metric.name) if module and metric.kind is Kind.COUNTER else None
 
 
+def _is_repeated(service: str) -> bool:
+    """Whether what a service says after the GenAI conventions is said in its own telemetry as well."""
+    return service.lower().replace("_", "-").startswith(tuple(_SERVICES))
+
+
 def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
     """What a point of this metric tells of usage; None if it tells of none."""
     module = _METRICS.get(metric.name.partition(".")[0])
-    return module.usage_cell(metric, attributes) if module else None
+    if module is None or (module is genai and _is_repeated(metric.resource.get("service.name"))):
+        return None
+    cell: UsageCell | None = module.usage_cell(metric, attributes)
+    return cell
 
 
 def event_keys(denied: Set[str]) -> dict[str, frozenset[str]]:
     """EVENT_KEYS without what is denied, but for sessions: sources are joined by them, so the ledger replaces them."""
     return {name: keys - (denied - SESSION_KEYS) for name, keys in EVENT_KEYS.items()}
+
+
+def span_keys(denied: Set[str]) -> frozenset[str]:
+    """The attributes of spans that may leave the decoder, without what is denied."""
+    return genai.SPAN_KEYS - (denied - SESSION_KEYS)
+
+
+def read_spans(spans: Iterable[Event]) -> tuple[list[Usage], list[Refusal]]:
+    """What spans tell of API requests, and requests that had to be refused."""
+    usages: list[Usage] = []
+    refused: list[Refusal] = []
+    for span in spans:
+        usage = None if _is_repeated(span.resource.get("service.name")) else genai.read_span(span)
+        if isinstance(usage, Drop):
+            refused.append(Refusal(usage, "gen_ai.usage"))
+        elif usage is not None:
+            usages.append(usage)
+    return usages, refused
 
 
 def read_events(events: Iterable[Event]) -> tuple[list[Usage], list[DataPoint], list[Refusal]]:
@@ -62,6 +88,8 @@ def read_events(events: Iterable[Event]) -> tuple[list[Usage], list[DataPoint], 
     refused: list[Refusal] = []
     for event in events:
         module = _EVENTS[event.name]
+        if module is genai and _is_repeated(event.resource.get("service.name")):
+            continue
         usage = module.read_event(event)
         if isinstance(usage, Drop):
             name = event.name if "." in event.name else f"{module.TOOL}.{event.name}"

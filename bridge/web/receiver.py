@@ -20,7 +20,7 @@ from aiohttp.web_protocol import RequestPayloadError
 from bridge import otlp
 from bridge.config import Config
 from bridge.ledger import Ledger
-from bridge.model import DROP_TEXT, Batch, Drop, Receipt, Refusal
+from bridge.model import DROP_TEXT, Batch, Drop, Event, Receipt, Refusal
 from bridge.otlp import Encoding, Signal
 from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle
@@ -54,6 +54,7 @@ class Receiver:
         self._throttle = throttle
         self._content_keys = otlp.CONTENT_KEYS.union(config.labels.deny)
         self._event_keys = known.event_keys(frozenset(config.labels.deny))
+        self._span_keys = known.span_keys(frozenset(config.labels.deny))
         self._known = otlp.Known()
         self._in_flight = 0
         self._points = 0
@@ -189,22 +190,22 @@ class Receiver:
             case Signal.LOGS:
                 return otlp.decode_logs(body, encoding, self._event_keys, self._content_keys)
             case Signal.TRACES:
-                return otlp.decode_traces(body, encoding, frozenset(), self._content_keys)
+                return otlp.decode_traces(body, encoding, self._span_keys, self._content_keys)
 
     # --- what came of it ---
 
     async def _take_records(
         self, records: otlp.Records, body: bytes, signal: Signal, encoding: Encoding, source: str
     ) -> web.Response:
-        """Count log records or spans by name; what events tell of goes into the ledger."""
+        """Count log records or spans by name; what they tell of goes into the ledger."""
         counter = self._telemetry.log_records if signal is Signal.LOGS else self._telemetry.spans
         self._telemetry.count_names(counter, records.counts)
         if records.counts:
             self._telemetry.note_export(records.service, signal.value)
         refused: tuple[Refusal, ...] = ()
         if records.events:
-            usages, points, wrong = known.read_events(records.events)
-            refused = (await self._post(Batch(points, wrong, tuple(usages)), body, source)).refused
+            batch = _batch(records.events, signal)
+            refused = (await self._post(batch, body, source)).refused if any(batch) else ()
             for refusal in refused:
                 self._telemetry.dropped.labels(refusal.reason.value).inc()
         return response(otlp.success(signal, encoding, len(refused), refusal_text(refused)), encoding.value)
@@ -219,6 +220,15 @@ class Receiver:
             self._throttle.warning("refused", "refused data points", what=refusal_text(receipt.refused))
         if receipt.accepted or receipt.duplicate:
             telemetry.note_export(service, Signal.METRICS.value)
+
+
+def _batch(records: list[Event], signal: Signal) -> Batch:
+    """What log records or spans tell."""
+    if signal is Signal.LOGS:
+        usages, points, refused = known.read_events(records)
+        return Batch(points, refused, tuple(usages))
+    usages, refused = known.read_spans(records)
+    return Batch([], refused, tuple(usages))
 
 
 _CLOSE = {"Connection": "close"}
