@@ -5,7 +5,8 @@ nothing; keys make a second reading harmless, so whatever looks new is read agai
 root at the bridge's first look is history: it is read in the background, for the reports, and never served. What is
 appended later, also while the bridge was down, counts. Files are only read, in blocks, by one thread; symbolic links
 are not followed; a file that cannot be read is counted and tried again when it changes. A document is read as a whole
-whenever it has changed; if that is before its history was read, the times of what it tells say what is history.
+whenever it has changed; if that is before its history was read, the times of what it tells say what is history. A
+packed file is immutable: it is unpacked from its start, and read once its end was reached.
 
 Changes are told by the file system's events, through watchfiles, which saves one such implementation for each
 platform; a slow scan finds what events miss, and replaces them where there are none.
@@ -28,6 +29,7 @@ from typing import NamedTuple, TypeVar
 from bridge.jsonl import Lines
 from bridge.ledger import Ledger
 from bridge.model import DataPoint, Drop, Usage
+from bridge.packed import Damaged, NoUnpacker, unpacked
 from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle, log
 from bridge.tools.tool import Transcripts
@@ -89,6 +91,8 @@ class Follower:
         self._throttle = throttle
         self._files: dict[str, TranscriptRow] = {}
         self._changed: set[str] = set()
+        self._unreadable: set[str] = set()
+        self._is_unpacking = False
         self._wake = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "transcripts")
         self._scanned_at = -SCAN_SECONDS
@@ -123,7 +127,8 @@ class Follower:
 
     async def _load(self) -> None:
         self._files = {row.path: row for row in await self._ledger.transcripts()}
-        self._has_history = not all((await self._ledger.roots()).values())
+        looked = (await self._ledger.roots()).values()
+        self._has_history = not all(looked) or any(row.history < row.history_end for row in self._files.values())
 
     # --- which files there are ---
 
@@ -196,6 +201,9 @@ class Follower:
         tool = self._tool_of(path)
         if tool is None:
             return
+        if _is_packed(path):
+            await self._unpack(tool, path)
+            return
         more = True
         while more:
             row = self._files.get(path)
@@ -206,8 +214,7 @@ class Follower:
                 chunk = await self._in_reader(partial(self._read_live, tool, path, row))
             except OSError as error:
                 if not isinstance(error, FileNotFoundError):
-                    self._telemetry.transcript_errors.inc()
-                    self._throttle.warning("transcript", "cannot read a transcript", path=path, error=error.strerror)
+                    self._note_unreadable(path, error.strerror)
                 return
             if chunk is None:
                 return
@@ -219,20 +226,57 @@ class Follower:
         rows: list[TranscriptRow] = []
         size = 0
         for row in self._files.values():
-            if row.history < row.history_end and size < CHUNK and len(rows) < FILES:
-                rows.append(row)
-                size += row.history_end - row.history
+            if row.history < row.history_end and row.path not in self._unreadable:
+                if _is_packed(row.path) and (tool := self._tool_of(row.path)):
+                    await self._unpack(tool, row.path)
+                    return True
+                if size < CHUNK and len(rows) < FILES:
+                    rows.append(row)
+                    size += row.history_end - row.history
         if not rows:
             return await self._finish_history()
         await self._read_history_of(rows)
         return True
 
+    async def _unpack(self, tool: Transcripts, path: str) -> None:
+        """Read a packed file if it is not read yet. What else changes meanwhile is followed between its pieces."""
+        row = self._files.get(path)
+        is_history = row is not None and row.history < row.history_end
+        if self._is_unpacking or path in self._unreadable:
+            self._changed |= {path} - self._unreadable
+            return
+        pieces = self._pieces(tool, path, row, is_history=is_history)
+        self._is_unpacking = True
+        try:
+            while chunk := await self._in_reader(lambda: next(pieces, None)):
+                await self._commit(chunk, is_history=is_history)
+                if is_history:
+                    self._note_history(chunk)
+                if chunk.more and not self._changed <= {path}:
+                    await self._follow_changes()
+        except NoUnpacker:
+            self._unreadable.add(path)  # it stays what it is, history or new, for a bridge that can
+            self._note_unreadable(path, "backports.zstd is not installed")
+            if row is not None and is_history:
+                self._note_history(_skipped(row))
+        except (Damaged, OSError) as error:
+            if not isinstance(error, FileNotFoundError):
+                self._note_unreadable(path, str(error))
+            row = self._files.get(path)
+            if row is not None and row.history < row.history_end:
+                await self._commit(_skipped(row), is_history=True)
+        finally:
+            self._is_unpacking = False
+
     async def _read_history_of(self, rows: list[TranscriptRow]) -> None:
         chunks = await self._in_reader(lambda: [self._read_old_or_skip(row) for row in rows])
         await asyncio.gather(*(self._commit(chunk, is_history=True) for chunk in chunks))
         for chunk in chunks:
-            self.progress.bytes_done += chunk.bytes_read
-            self.progress.files_done += chunk.row.history >= chunk.row.history_end
+            self._note_history(chunk)
+
+    def _note_history(self, chunk: Chunk) -> None:
+        self.progress.bytes_done += chunk.bytes_read
+        self.progress.files_done += chunk.row.history >= chunk.row.history_end
         if text := self.progress.text:
             self._throttle.info("history", text)
 
@@ -253,6 +297,10 @@ class Follower:
         if chunk.too_long:
             self._telemetry.transcript_refused.labels("too_long").inc(chunk.too_long)
 
+    def _note_unreadable(self, path: str, why: str | None) -> None:
+        self._telemetry.transcript_errors.inc()
+        self._throttle.warning("transcript", "cannot read a transcript", path=path, error=why)
+
     async def _in_reader(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, work)
 
@@ -263,7 +311,7 @@ class Follower:
         if row is not None:
             return row.origin, path
         with contextlib.suppress(OSError), _opened(path) as descriptor:
-            return _origin(os.pread(descriptor, 64 * 1024, 0), os.fstat(descriptor).st_mtime_ns), path
+            return _origin(_beginning(path, descriptor), os.fstat(descriptor).st_mtime_ns), path
         return 0, path
 
     def _read_live(self, tool: Transcripts, path: str, row: TranscriptRow | None) -> Chunk | None:
@@ -295,7 +343,7 @@ class Follower:
             if chunk := self._read_old(row):
                 return chunk
         self._changed.add(row.path)
-        return Chunk(row._replace(history=row.history_end), (), (), {}, 0, row.history_end - row.history, more=False)
+        return _skipped(row)
 
     def _read_old(self, row: TranscriptRow) -> Chunk | None:
         tool = self._tool_of(row.path)
@@ -340,6 +388,47 @@ class Follower:
         row = row._replace(live=lines.offset, state=reader.state)
         return Chunk(row, tuple(usages), reader.gauges(), refused, lines.too_long, position - start, more)
 
+    def _pieces(self, tool: Transcripts, path: str, row: TranscriptRow | None, *, is_history: bool) -> Iterator[Chunk]:
+        """What a packed file says, in pieces of about CHUNK bytes; its row says that it is read with the last alone."""
+        with _opened(path) as descriptor:
+            found = os.fstat(descriptor)
+            version, size = _version(found), found.st_size
+            if row is None:
+                origin = _origin(_beginning(path, descriptor), found.st_mtime_ns)
+                row = TranscriptRow(0, path, found.st_dev, found.st_ino, b"", 0, 0, 0, origin)
+            elif is_history and row.head != version:
+                self._changed.add(path)
+                yield _skipped(row)._replace(row=row._replace(history=row.history_end, head=b""))
+                return
+            elif not is_history and row.head == version:
+                return
+            done = row._replace(head=version, history=row.history_end, live=size)
+            lines, reader = Lines(tool.keys), tool.reader(path, row.origin, b"")
+            position = taken = passed = 0
+
+            def read(count: int) -> bytes:
+                nonlocal position
+                block = os.pread(descriptor, count, position)
+                position += len(block)
+                return block
+
+            said = Chunk(row, (), (), {}, 0, 0, more=True)
+            usages: list[Usage] = []
+            damage: Damaged | None = None
+            try:
+                for block in unpacked(read):
+                    for line in lines.feed(block):
+                        _take(reader.read(line), usages, said.refused)
+                    if lines.offset - passed >= CHUNK:
+                        yield said._replace(usages=tuple(usages), too_long=lines.too_long, bytes_read=position - taken)
+                        passed, taken, lines.too_long = lines.offset, position, 0
+                        usages, said = [], said._replace(refused={})
+            except Damaged as error:
+                damage = error  # what stands before it counts
+            yield Chunk(done, tuple(usages), reader.gauges(), said.refused, lines.too_long, size - taken, more=False)
+            if damage is not None:
+                raise damage
+
 
 def _take(said: tuple[Usage | Drop, ...] | Drop, usages: list[Usage], refused: dict[Drop, int]) -> None:
     for one in (said,) if isinstance(said, Drop) else said:
@@ -369,8 +458,13 @@ def _read_document(tool: Transcripts, descriptor: int, row: TranscriptRow, found
     return Chunk(row, tuple(usages), reader.gauges(), refused, 0, len(content), more=False)
 
 
+def _skipped(row: TranscriptRow) -> Chunk:
+    """Nothing of the rest of a file's history."""
+    return Chunk(row._replace(history=row.history_end), (), (), {}, 0, row.history_end - row.history, more=False)
+
+
 def _version(found: os.stat_result) -> bytes:
-    """What changes when a document does."""
+    """What changes when a document or a packed file does."""
     return blake2b(f"{found.st_ino} {found.st_size} {found.st_mtime_ns}".encode(), digest_size=16).digest()
 
 
@@ -428,8 +522,8 @@ def _first_row(tool: Transcripts, path: str) -> TranscriptRow | None:
     try:
         with _opened(path) as descriptor:
             found = os.fstat(descriptor)
-            origin = _origin(os.pread(descriptor, 64 * 1024, 0), found.st_mtime_ns)
-            if tool.is_document(path):
+            origin = _origin(_beginning(path, descriptor), found.st_mtime_ns)
+            if tool.is_document(path) or _is_packed(path):
                 size, changed = found.st_size, str(found.st_mtime_ns // 1_000_000).encode()
                 return TranscriptRow(
                     0, path, found.st_dev, found.st_ino, _version(found), 0, size, size, origin, changed
@@ -439,6 +533,21 @@ def _first_row(tool: Transcripts, path: str) -> TranscriptRow | None:
             return TranscriptRow(0, path, found.st_dev, found.st_ino, head, 0, end, end, origin)
     except OSError:
         return None
+
+
+def _is_packed(path: str) -> bool:
+    return path.endswith(".zst")
+
+
+def _beginning(path: str, descriptor: int) -> bytes:
+    """The first bytes of a file's text; none where it cannot be unpacked."""
+    beginning = os.pread(descriptor, 64 * 1024, 0)
+    if not _is_packed(path):
+        return beginning
+    packed = iter((beginning,))
+    with contextlib.suppress(NoUnpacker, Damaged):
+        return next(unpacked(lambda _: next(packed, b"")), b"")
+    return b""
 
 
 def _last_line_end(descriptor: int, size: int) -> int:

@@ -11,6 +11,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from bridge.join import (
     KINDS,
@@ -242,10 +243,15 @@ class UsageBooks:
     def add(self, usage: Usage) -> bool:
         """One request as one source tells of it; whether that was news."""
         self._book_reports()
+        for named in self._by_known_names((usage,)):
+            return self._add(named)
+        return False
+
+    def _add(self, usage: Usage) -> bool:
         candidate = self._row(usage, is_history=False)
         known = self._store.by_key(candidate.key)
         if known is None:
-            if self._is_twin(usage, candidate.key) or candidate.request in self._recent:
+            if self._store.is_forgotten(candidate.key) or candidate.request in self._recent:
                 return False
             added = self._store.add(candidate._replace(is_counted=0))
             if usage.place is not None:
@@ -263,18 +269,10 @@ class UsageBooks:
         self._judge(changed, known)
         return True
 
-    def _is_twin(self, usage: Usage, key: bytes) -> bool:
-        """Whether a request without a row is known by another name, or its row was deleted; remembers all its names."""
-        if not usage.names and not usage.twins:
-            return self._store.is_forgotten(key)
-        is_known = bool(self._store.known_keys((key, *usage.twins)))
-        self._store.remember(usage.names)
-        return is_known
-
     def load_history(self, usages: Sequence[Usage], now: int) -> None:
         """Requests of before the first look, in bulk: stored for the reports, never served."""
         best: dict[tuple[bytes, bytes], Usage] = {}
-        for usage in self._without_twins(usages):  # most lines repeat the one before
+        for usage in self._by_known_names(usages):  # most lines repeat the one before
             known = best.get((usage.message, usage.key))
             if known is None or _worth_keeping(usage) > _worth_keeping(known):
                 best[usage.message, usage.key] = usage
@@ -284,19 +282,23 @@ class UsageBooks:
                 self._recent[row.request] = None
         self._store.load_history(rows)
 
-    def _without_twins(self, usages: Sequence[Usage]) -> Sequence[Usage]:
-        """The requests that are not known by another name; all names are remembered. They are of one tool."""
+    def _by_known_names(self, usages: Sequence[Usage]) -> Sequence[Usage]:
+        """Requests of one tool under the keys that they have rows by; without those known by a name whose row is
+        another's or gone. All names are remembered."""
         if not usages or not usages[0].twins:
             return usages
         known = self._store.known_keys({name for usage in usages for name in (usage.key, *usage.twins)})
         kept: list[Usage] = []
+        names: set[bytes] = set()
         for usage in usages:
-            is_row = known.get(usage.key, False)
-            if is_row or known.keys().isdisjoint((usage.key, *usage.twins)):
-                kept.append(usage)
-                known[usage.key] = True
-            known.update((name, False) for name in usage.names if name not in known)
-        self._store.remember(name for usage in usages for name in usage.names)
+            found = [name for name in (usage.key, *usage.twins) if name in known]
+            key = next((name for name in found if known[name]), None if found else usage.key)
+            names |= {*usage.names} if key == usage.key else {usage.key, *usage.names}
+            if key is not None:
+                kept.append(usage if key == usage.key else replace(usage, key=key))
+                known[key] = True
+            known.update((name, False) for name in (usage.key, *usage.names) if name not in known)
+        self._store.remember(names)
         return kept
 
     def finish_history(self) -> None:

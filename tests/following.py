@@ -76,9 +76,10 @@ class Following:
             for path, _ in transcripts._files(root, tool):
                 row = self.follower._files.get(path)
                 content = Path(path).read_bytes()
-                end = len(content) if tool.is_document(path) else content.rfind(b"\n") + 1
+                is_whole = tool.is_document(path) or path.endswith(".zst")
+                end = len(content) if is_whole else content.rfind(b"\n") + 1
                 is_read = row is not None and row.live == end and row.history >= row.history_end
-                if row is None or not is_read or (tool.is_document(path) and row.head != _version(path)):
+                if row is None or not is_read or (is_whole and row.head != _version(path)):
                     unread.append(path)
         return unread
 

@@ -15,7 +15,7 @@ FLOORS = (
     ("tools.events", "tools.claude_code_lines", "tools.gemini_lines"),
     ("tools.limits",),
     ("tools.codex_lines",),
-    ("tools.*", "otlp", "naming", "temporality", "pricing", "exposition", "budgets", "jsonl", "edits",
+    ("tools.*", "otlp", "naming", "temporality", "pricing", "exposition", "budgets", "jsonl", "packed", "edits",
      "config", "units", "tables"),
     ("tools.known",),
     ("database", "place"),
