@@ -29,6 +29,7 @@ from bridge.model import (
     Receipt,
     Refusal,
     Temporality,
+    TranscriptRow,
     Typed,
     UsageCell,
     Value,
@@ -49,7 +50,6 @@ from bridge.store import (
 from bridge.temporality import IDENTITY_BYTES, Run, advance, begins_run, delta_identity, refusal
 from bridge.tools import claude_code, known
 from bridge.usage import UsageBooks, UsageChange
-from bridge.usage_store import TranscriptRow
 from bridge.values import add, subtract
 
 MAX_CACHED = 20_000

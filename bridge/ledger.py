@@ -24,11 +24,11 @@ import msgspec
 
 from bridge.bookkeeper import Bookkeeper, Change, LedgerSettings, Post, Recover, source_of
 from bridge.mark import Floors, Mark, Shown, series_name, state_of, write_mark
-from bridge.model import Batch, DataPoint, Exemplar, Kind, Observation, Receipt, Usage
+from bridge.model import Batch, DataPoint, Exemplar, Kind, Observation, Receipt, TranscriptRow, Usage
 from bridge.store import Damaged, MetricRow, SeriesRow, Snapshot, Store, StoreUnavailable, TargetRow
 from bridge.tools import known
 from bridge.usage import Price, Survey, UsageBooks, UsageChange, no_price
-from bridge.usage_store import ModelRow, ServedRow, TranscriptRow
+from bridge.usage_store import ModelRow, ServedRow
 
 MAX_GROUP = 256
 """Requests that share one commit."""

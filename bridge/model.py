@@ -239,6 +239,11 @@ class Usage(Struct, frozen=True, gc=False):
     twins: tuple[bytes, ...] = ()
 
     @property
+    def standing(self) -> tuple[int, int, bool, int]:
+        """Of several copies of one response, the one with the largest of these stands."""
+        return self.revision, self.output, not self.is_sidechain, -self.order
+
+    @property
     def cache_write(self) -> int:
         """Tokens written to caches of any life time."""
         return self.cache_write_5m + self.cache_write_1h
@@ -256,6 +261,25 @@ class UsageCell(NamedTuple):
     session: str
     model: str
     kind: str
+
+
+class TranscriptRow(NamedTuple):
+    """A transcript's file: which it is, how far its history [0, history_end) and its live rest are read, and when it
+    was begun (Unix ms).
+
+    `state` is what its reader has to remember of the lines before.
+    """
+
+    id: int
+    path: str
+    device: int
+    inode: int
+    head: bytes
+    history: int
+    history_end: int
+    live: int
+    origin: int
+    state: bytes = b""
 
 
 EventValue = str | int | float | bool

@@ -28,7 +28,7 @@ from bridge.join import (
     unite,
     worth,
 )
-from bridge.model import CostSource, Source, Usage, UsageCell
+from bridge.model import CostSource, Source, TranscriptRow, Usage, UsageCell
 from bridge.otlp import redacted_text
 from bridge.store import Store
 from bridge.usage_store import (
@@ -44,7 +44,6 @@ from bridge.usage_store import (
     ServedRow,
     SessionRow,
     Sums,
-    TranscriptRow,
     TruthRow,
     UsageRow,
     UsageStore,
@@ -271,12 +270,7 @@ class UsageBooks:
 
     def load_history(self, usages: Sequence[Usage], now: int) -> None:
         """Requests of before the first look, in bulk: stored for the reports, never served."""
-        best: dict[tuple[bytes, bytes], Usage] = {}
-        for usage in self._by_known_names(usages):  # most lines repeat the one before
-            known = best.get((usage.message, usage.key))
-            if known is None or _worth_keeping(usage) > _worth_keeping(known):
-                best[usage.message, usage.key] = usage
-        rows = [self._row(usage, is_history=True) for usage in best.values()]
+        rows = [self._row(usage, is_history=True) for usage in self._by_known_names(usages)]
         for row in rows:
             if row.request and row.time > now - RECENT_MS:
                 self._recent[row.request] = None
@@ -624,11 +618,6 @@ def _rank(row: UsageRow) -> tuple[int, int, int, int]:
     """Which of two lines of one response stands: the later revision, then the larger output, the original, the older
     file's."""
     return row.revision, row.output, -row.is_sidechain, -row.origin
-
-
-def _worth_keeping(usage: Usage) -> tuple[int, int, bool, int]:
-    """The same before it is a row."""
-    return usage.revision, usage.output, not usage.is_sidechain, -usage.order
 
 
 def _group_key(row: UsageRow) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from bridge.join import Cell, Worth
-from bridge.model import Place, SpanRank
+from bridge.model import Place, SpanRank, TranscriptRow
 from bridge.store import Store, proved
 
 MAX_INTEGER = 2**63 - 1
@@ -99,24 +99,6 @@ class ServedRow(NamedTuple):
     value: int
     born: int
     birth: int
-
-
-class TranscriptRow(NamedTuple):
-    """One file: which it is, how far its history [0, history_end) and its live rest are read, and when it was begun.
-
-    `state` is what its reader has to remember of the lines before.
-    """
-
-    id: int
-    path: str
-    device: int
-    inode: int
-    head: bytes
-    history: int
-    history_end: int
-    live: int
-    origin: int
-    state: bytes = b""
 
 
 class RollupKey(NamedTuple):

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from bridge import transcripts
+from bridge import reading
 from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import Ledger
 from bridge.model import Batch, Event
@@ -53,6 +53,11 @@ class Following:
         names = ("input", "output", "read", "requests")
         return {(row[0], row[1]): Counter(dict(zip(names, row[2:], strict=True))) for row in rows}
 
+    async def requests_read(self) -> int:
+        """How many rows of requests there are, summed up or not."""
+        ((count,),) = await self.ledger.run(lambda: self.ledger._store.execute("select count(*) from usage").fetchall())
+        return int(count)
+
     def served(self, tool: str) -> dict[str, Counter[str]]:
         """What is served of a tool: model -> kind -> value."""
         found: dict[str, Counter[str]] = {}
@@ -61,6 +66,13 @@ class Following:
             if name.tool == tool:
                 found.setdefault(name.name, Counter())[kind] = row.value
         return found
+
+    async def until_looked(self) -> None:
+        """Wait until the history of all roots is read."""
+        async with asyncio.timeout(PATIENCE):
+            while self._task and not ((looked := await self.ledger.roots()) and all(looked.values())):
+                assert not self._task.done(), self._task
+                await asyncio.sleep(0.01)
 
     async def until_read(self) -> None:
         """Wait until all transcripts are read as they are."""
@@ -73,7 +85,7 @@ class Following:
         unread = []
         assert self.follower is not None
         for root, tool in self.follower._roots.items():
-            for path, _ in transcripts._files(root, tool):
+            for path, _ in reading.files(root, tool):
                 row = self.follower._files.get(path)
                 content = Path(path).read_bytes()
                 is_whole = tool.is_document(path) or path.endswith(".zst")
@@ -87,14 +99,18 @@ class Following:
 
 
 def _version(path: str) -> bytes:
-    return transcripts._version(Path(path).stat())
+    return reading.version(Path(path).stat())
 
 
 @asynccontextmanager
 async def following(
-    state: Path, roots: dict[str, Transcripts] | None = None, price: Callable[[object], int | None] = lambda _: 0
+    state: Path,
+    roots: dict[str, Transcripts] | None = None,
+    price: Callable[[object], int | None] = lambda _: 0,
+    *,
+    waits: bool = True,
 ) -> AsyncIterator[Following]:
-    """Run until the block ends; the state stays. `roots`: no transcripts without."""
+    """Run until the block ends; the state stays. `roots`: no transcripts without. `waits`: history is read first."""
 
     def fail(error: BaseException) -> None:
         raise AssertionError from error
@@ -111,12 +127,8 @@ async def following(
     if follower is not None:
         bridge._task = asyncio.create_task(follower.run())
     try:
-        if follower is not None:
-            async with asyncio.timeout(PATIENCE):
-                while not (looked := await ledger.roots()) or not all(looked.values()):
-                    assert bridge._task is not None
-                    assert not bridge._task.done(), bridge._task
-                    await asyncio.sleep(0.01)
+        if waits:
+            await bridge.until_looked()
         yield bridge
     finally:
         if bridge._task is not None:

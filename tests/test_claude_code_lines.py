@@ -27,10 +27,13 @@ LAWS = settings(derandomize=True, deadline=None, max_examples=300)
 def usages(content: bytes, order: int = 0) -> tuple[list[Usage], list[Drop]]:
     """All that a file says, repeats included, and why lines of it were refused."""
     lines = Lines(TRANSCRIPTS.keys)
-    reader = LineReader("", order, b"")
-    read = [reader.read(line) for line in lines.feed(content)]
-    found = [usage for result in read if not isinstance(result, Drop) for usage in result]
-    return found, [result for result in read if isinstance(result, Drop)]
+    reader = TRANSCRIPTS.reader("", order, b"")
+    read = [one for line in lines.feed(content) for one in all_of(reader.read(line))]
+    return [one for one in read if isinstance(one, Usage)], [one for one in read if isinstance(one, Drop)]
+
+
+def all_of(said: tuple[Usage | Drop, ...] | Drop) -> tuple[Usage | Drop, ...]:
+    return (said,) if isinstance(said, Drop) else said
 
 
 def settled(found: Iterable[Usage]) -> list[Usage]:
@@ -130,14 +133,12 @@ QUOTING = [{"type": "tool_use", "input": {"usage": {"input_tokens": 10, "output_
     ],
 )
 def test_a_line_that_repeats_the_one_before_says_nothing_new(line: bytes, is_repeat: bool) -> None:
-    reader = LineReader("", 7, b"")
-    first = reader.read(OFTEN)
-    assert isinstance(first, tuple)
-    said, alone = reader.read(line), read_line(line, 7)
-    assert isinstance(alone, tuple)
-    assert said == (() if is_repeat else alone)
-    assert not is_repeat or settled([*first, *alone]) == settled(first)
-    assert reader.read(OFTEN) == (() if is_repeat else first)
+    reader = TRANSCRIPTS.reader("", 7, b"")
+    first, alone = one(OFTEN), one(line)
+    assert reader.read(OFTEN) == (first,)
+    assert reader.read(line) == (() if is_repeat else (alone,))
+    assert not is_repeat or settled([first, alone]) == [first]
+    assert reader.read(OFTEN) == (() if is_repeat else (first,))
 
 
 def test_repeats_of_a_refused_line_are_refused() -> None:

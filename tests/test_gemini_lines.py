@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge import transcripts
+from bridge import reading
 from bridge.tools.gemini_lines import TOOL, TRANSCRIPTS
-from bridge.transcripts import _first_row
 from tests.following import Following, Sums, following
 from tests.gemini_tree import (
     FLASH,
@@ -97,7 +96,7 @@ def test_a_document_that_grows_before_its_history_is_read(tmp_path: Path) -> Non
     path = path_of("s", ".json")
     Step(path, document("s", *said[:2]), replaces=True).do(root)
     os.utime(root / path, ns=(0, (START_MS + 1_500) * 10**6))
-    row = _first_row(TRANSCRIPTS, str(root / path))
+    row = reading.first_row(TRANSCRIPTS, str(root / path))
     assert row is not None
 
     async def look_first() -> None:
@@ -116,7 +115,7 @@ def test_a_document_that_grows_before_its_history_is_read(tmp_path: Path) -> Non
 
 
 def test_a_document_above_the_limit_is_counted_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transcripts, "MAX_DOCUMENT", 1_000)
+    monkeypatch.setattr(reading, "MAX_DOCUMENT", 1_000)
     root = tmp_path / "tmp"
     large = document("s", message("m", 1, tokens(1, 2), content="x" * 1_000))
     Step(path_of("s", ".json"), large).do(root)

@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 from bridge import reports, tables
 from bridge.cli import _main
 from bridge.join import Worth, add_worth, worth
-from bridge.model import Source, Usage, UsageCell
+from bridge.model import Source, TranscriptRow, Usage, UsageCell
 from bridge.reports import Amount, Row
 from bridge.store import Store
 from bridge.usage import UsageBooks
-from bridge.usage_store import TranscriptRow
 from tests.daemon import PROTOBUF, Daemon
 from tests.recordings import delta_body
 from tests.test_cases import unsynced

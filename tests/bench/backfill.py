@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge import pricing, transcripts
+from bridge import pricing, reading
 from bridge.model import Usage
 from bridge.pricing import normalise_model
 from bridge.store import Store
@@ -83,20 +83,33 @@ def run_bridge(tree: Path, truth: Sums) -> Run:
         began = time.perf_counter()
         daemon.spawn()
         assert daemon.process is not None
+        peak = 0
         while "history is read" not in daemon.log:
             if daemon.process.poll() is not None:
                 raise SystemExit(daemon.log)
-            time.sleep(0.005)
+            peak = max(peak, sum(map(memory_of, (daemon.process.pid, *children_of(daemon.process.pid)))))
+            time.sleep(0.02)
         wall = time.perf_counter() - began
-        status = Path(f"/proc/{daemon.process.pid}")
-        fields = (status / "stat").read_text().rpartition(")")[2].split()
-        cpu = (int(fields[11]) + int(fields[12])) / TICKS
-        (peak,) = (line for line in (status / "status").read_text().splitlines() if line.startswith("VmHWM"))
+        fields = Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()
+        cpu = sum(map(int, fields[11:15])) / TICKS  # with the processes that it had and that have ended
         daemon.stop()
         found = stored(daemon.state_dir / "state.db")
         if found != truth:
             raise SystemExit(f"stored {found}\n truth {truth}")
-        return Run(wall, cpu, int(peak.split()[1]) / 1000)
+        return Run(wall, cpu, peak / 1000)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def memory_of(pid: int) -> int:
+    """The most kilobytes that a process has had in memory so far; 0 of one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def run_ccusage(command: str, tree: Path) -> tuple[Run, dict[str, Any]]:
@@ -121,18 +134,16 @@ def best(runs: list[Run]) -> Run:
 
 def profile(tree: Path) -> None:
     """Where the time goes: reading all files, then storing what they said."""
-    follower = transcripts.Follower.__new__(transcripts.Follower)
-    follower._tools = {f"{tree}/projects/": TRANSCRIPTS}
-    found = transcripts._files(str(tree / "projects"), TRANSCRIPTS)
-    rows = [row for path, _ in found if (row := transcripts._first_row(TRANSCRIPTS, path))]
-    chunks: list[transcripts.Chunk] = []
+    found = reading.files(str(tree / "projects"), TRANSCRIPTS)
+    rows = [row for path, _ in found if (row := reading.first_row(TRANSCRIPTS, path))]
+    chunks: list[reading.Chunk] = []
 
     def read() -> None:
         for first in rows:
             row = first
-            while row.history < row.history_end and (chunk := follower._read_old(row)):
-                row = chunk.row
-                chunks.append(chunk)
+            while row.history < row.history_end:
+                chunks.append(reading.read_old(TRANSCRIPTS, row))
+                row = chunks[-1].row
 
     prices = pricing.load({})
 
