@@ -390,10 +390,15 @@ class Bookkeeper:
             value = round(value * origin.scale)
         if not origin.is_delta:
             return self._advance(origin, stream, value, point)
-        if stream.row.writer and point.time:
-            known = self._is_known(stream.row, point)
-            if known is not False:
-                return known if isinstance(known, Drop) else False
+        writer = stream.row.writer
+        if writer and point.time:
+            cycle = self._books.cycles.get((writer, point.time)) or self._open_cycle(writer, point.time)
+            if isinstance(cycle, Drop):
+                return cycle
+            identity = delta_identity(stream.row.id, point)
+            if identity in cycle.members and _holds(cycle.members, identity):
+                return False
+            cycle.members += identity
         self._count(origin, stream, value, point)
         return True
 
@@ -407,7 +412,7 @@ class Bookkeeper:
         self._add(origin, stream, amount, point.time)
         if stream.total is not None and isinstance(amount, int) and amount:
             self._set_total(stream.total, self._totals.get(stream.total, 0) + amount)
-        if cell is not None and (tokens := _whole(amount)):
+        if cell is not None and (tokens := amount if isinstance(amount, int) else _whole(amount)):
             time_ms = point.time // 1_000_000 or self._now
             self._usage.add_metric(cell, tokens, time_ms, point.start // 1_000_000 or time_ms)
 
@@ -440,7 +445,7 @@ class Bookkeeper:
         return is_news
 
     def _add(self, origin: _Origin, stream: _Stream, amount: Value, time: int) -> None:
-        row = self._series_row(stream.row.series)
+        row = self._series.get(stream.row.series) or self._series_row(stream.row.series)
         has_left = row.expires and row.seen < self._expired_before
         if has_left and not self._was_shown(origin.row, row):
             row = self._return(origin, stream, row)
@@ -463,7 +468,8 @@ class Bookkeeper:
 
     def _set_total(self, key: str, value: int) -> None:
         """Totals never fall."""
-        value = min(value, MAX_INTEGER)
+        if value > MAX_INTEGER:
+            value = MAX_INTEGER
         if value > self._totals.get(key, 0):
             self._totals[key] = self._books.totals[key] = value
 
@@ -489,18 +495,8 @@ class Bookkeeper:
         start, inferred, run, _ = found
         return (stream, start, inferred), run
 
-    def _is_known(self, stream: StreamRow, point: DataPoint) -> bool | Drop:
-        """Whether a delta point was counted before; remembers it. TOO_OLD where that was forgotten."""
-        cycle = self._books.cycles.get((stream.writer, point.time)) or self._open_cycle(stream.writer, point.time)
-        if isinstance(cycle, Drop):
-            return cycle
-        identity = delta_identity(stream.id, point)
-        if _holds(cycle.members, identity):
-            return True
-        cycle.members += identity
-        return False
-
     def _open_cycle(self, writer: int, time: int) -> _Cycle | Drop:
+        """The delta identities of a writer and an end time; TOO_OLD where they were forgotten."""
         row = self._writers.get(writer)
         if row is None:
             row = self._writers[writer] = self._store.writer_by_id(writer)

@@ -72,6 +72,8 @@ SURVEY_SECONDS = 60.0
 MARK_SECONDS = 5.0
 COPY_CHECK_SECONDS = 60.0
 COPY_SECONDS = 3_600.0
+YOUNG_OBJECTS = 10_000
+"""New objects between two garbage collections: some commits make as many, and hardly any of them is garbage."""
 TOKENS_SECONDS = 2.0
 
 
@@ -191,6 +193,7 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
             await Site(runner, sock, context=None if is_loopback(sock.getsockname()[0]) else context).start()
         await ledger.start()
         gc.freeze()  # what is loaded by now stays, so that no collection looks at it again
+        gc.set_threshold(YOUNG_OBJECTS)
         if ledger.lost:
             log.warning(f"state went back {ledger.lost} transactions; counters stand still until it has caught up")
             telemetry.lost.inc(ledger.lost)

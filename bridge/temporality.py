@@ -52,9 +52,14 @@ def delta_identity(stream: int, point: DataPoint) -> bytes:
     Two different points collide only where writer, end and stream are equal, and then once in 2**32.
     """
     value = point.value
-    is_double = isinstance(value, float) or (isinstance(value, int) and abs(value) <= 2**53)
-    packed = struct.pack("<d", value) if is_double else msgspec.msgpack.encode(value)
-    return struct.pack("<II", stream, zlib.crc32(packed, zlib.crc32(struct.pack("<q", point.start))))
+    if isinstance(value, float) or (isinstance(value, int) and -(2**53) <= value <= 2**53):
+        packed = _START_AND_VALUE.pack(point.start, value)
+    else:
+        packed = _START.pack(point.start) + msgspec.msgpack.encode(value)
+    return _IDENTITY.pack(stream, zlib.crc32(packed))
+
+
+_START, _START_AND_VALUE, _IDENTITY = (struct.Struct(form) for form in ("<q", "<qd", "<II"))
 
 
 def advance(run: Run | None, value: Value, time: int) -> tuple[Value, Run]:

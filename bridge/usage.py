@@ -177,13 +177,14 @@ class UsageBooks:
             delta = self._estimated(_reported({cell.kind: amount}), cell, amount, time_ms)
             self._add_reported(cell.tool, cell.session, cell.model, delta, time_ms, since_ms)
             return
-        key = (cell, _quarter(time_ms))
+        key = (cell, time_ms // QUARTER_MS)
         report = self._reports.get(key)
         if report is None:
             self._reports[key] = _Report(amount, time_ms, since_ms)
-        else:
-            report.amount += amount
-            report.since_ms = min(report.since_ms, since_ms)
+            return
+        report.amount += amount
+        if since_ms < report.since_ms:
+            report.since_ms = since_ms
 
     def _book_reports(self) -> None:
         """Book what metrics reported."""

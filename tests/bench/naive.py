@@ -54,15 +54,19 @@ async def receive(request: web.Request) -> web.Response:
     return web.Response(body=b"", content_type="application/x-protobuf")
 
 
-async def show(request: web.Request) -> web.Response:
-    """GET /v1/metrics."""
-    del request
-    now = int(time.time() * 1000)
+def page(now: int) -> str:
+    """The last values, as XRG reads them."""
     lines = []
     for (name, labels), value in values.items():
         shown = ",".join(f'{key}="{text}"' for key, text in labels)
         lines.append(f"{name}{{{shown}}} {value} {now}\n")
-    return web.Response(text="".join(lines))
+    return "".join(lines)
+
+
+async def show(request: web.Request) -> web.Response:
+    """GET /v1/metrics."""
+    del request
+    return web.Response(text=page(int(time.time() * 1000)))
 
 
 def main() -> None:
