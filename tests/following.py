@@ -68,9 +68,11 @@ class Following:
         return found
 
     async def until_looked(self) -> None:
-        """Wait until the history of all roots is read."""
+        """Wait until all roots were looked at and their history is read."""
+        roots = len(self.follower._roots) if self.follower is not None else 0
         async with asyncio.timeout(PATIENCE):
-            while self._task and not ((looked := await self.ledger.roots()) and all(looked.values())):
+            while len(looked := await self.ledger.roots()) < roots or not all(looked.values()):
+                assert self._task is not None
                 assert not self._task.done(), self._task
                 await asyncio.sleep(0.01)
 
