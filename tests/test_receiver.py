@@ -45,6 +45,12 @@ class Answer(NamedTuple):
     status: int
     headers: dict[str, str]
     body: bytes
+    version: str = ""
+
+    @property
+    def stays(self) -> bool:
+        """Whether the connection is said to stay open."""
+        return self.version == "HTTP/1.1" and self.headers.get("connection") != "close"
 
     @property
     def text(self) -> str:
@@ -75,14 +81,15 @@ class Wire:
     def answer(self, *, to_head: bool = False) -> Answer:
         start = self.file.readline().decode("latin-1")
         assert re.match(r"HTTP/\d\.\d \d{3} ", start), f"not a status line: {start!r}"
-        status = int(start.split()[1])
+        version, status = start.split()[0], int(start.split()[1])
         headers = dict(self._headers())
         if to_head or status in (100, 204, 304):
-            return Answer(status, headers, b"")
+            return Answer(status, headers, b"", version)
         if headers.get("transfer-encoding") == "chunked":
-            return Answer(status, headers, b"".join(self._chunks()))
+            return Answer(status, headers, b"".join(self._chunks()), version)
         length = headers.get("content-length")
-        return Answer(status, headers, self.file.read() if length is None else self.file.read(int(length)))
+        body = self.file.read() if length is None else self.file.read(int(length))
+        return Answer(status, headers, body, version)
 
     def _headers(self) -> Iterator[tuple[str, str]]:
         while line := self.file.readline().decode("latin-1").strip():

@@ -145,6 +145,23 @@ def test_a_client_that_is_silent_at_first_is_closed_and_an_idle_one_is_not() -> 
     run(test)
 
 
+def test_a_head_of_many_small_lines_is_bounded() -> None:
+    async def test() -> None:
+        async with served() as (_, port):
+            reader, writer = await connect(port)
+            assert await ask(reader, writer) == 200
+            answer = asyncio.create_task(collect(reader))
+            writer.write(GET[:-2])
+            for _ in range(40):
+                writer.write(b"X: " + b"x" * 4000 + b"\r\n")
+                await asyncio.sleep(0)
+                if answer.done():
+                    break
+            assert b"HTTP/1.1 400 " in await answer
+
+    run(test)
+
+
 @pytest.mark.usefixtures("_short")
 def test_a_slow_body_is_not_taken_for_a_slow_head() -> None:
     async def test() -> None:

@@ -12,10 +12,11 @@ import ipaddress
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any
 
-from aiohttp import HttpVersion10, StreamReader, web
+from aiohttp import StreamReader, web
 from aiohttp.web_protocol import RequestHandler
 
 from bridge import otlp
@@ -27,6 +28,8 @@ from bridge.web.access import Access, Caller, Denial, is_loopback
 KEEPALIVE_SECONDS = 3_600.0
 HEADER_SECONDS = 10.0
 LINGER_SECONDS = 2.0
+HEADER_BYTES = 64 * 2**10
+"""Of a head that is not complete; the parser bounds each line and their number, which would be a megabyte."""
 UNREAD_SECONDS = 30.0
 UNREAD_STEP = 64 * 2**10
 """A client takes at least so many bytes of a waiting answer in UNREAD_SECONDS, or is cut off."""
@@ -102,7 +105,7 @@ class _Connection(RequestHandler):
         self._body: StreamReader | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
-        self._unread = 0
+        self._unread = self._head_bytes = 0
         self._opening = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -133,8 +136,13 @@ class _Connection(RequestHandler):
             if self._head_timer is not None:
                 self._head_timer.cancel()
                 self._head_timer = None
-        elif data and not is_body and self._head_timer is None:
-            self._head_timer = self._loop.call_later(HEADER_SECONDS, self._end_of_patience)
+            self._head_bytes = 0
+        elif data and not is_body:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEADER_BYTES:
+                self._refuse(400, f"the head of the request is larger than {HEADER_BYTES} bytes")
+            elif self._head_timer is None:
+                self._head_timer = self._loop.call_later(HEADER_SECONDS, self._end_of_patience)
 
     @property
     def _is_body_due(self) -> bool:
@@ -157,12 +165,15 @@ class _Connection(RequestHandler):
         if self._request_in_progress or self._messages:  # it is our turn still
             self._head_timer = self._loop.call_later(HEADER_SECONDS, self._end_of_patience)
             return
+        self._refuse(408, f"the head of the request did not arrive within {HEADER_SECONDS:g} s")
+
+    def _refuse(self, code: int, message: str) -> None:
+        """End the connection before there is a request, with a word to whoever has begun one."""
         if self._opening and self.transport is not None:
-            late = f"the head of the request did not arrive within {HEADER_SECONDS:g} s"
-            body = otlp.status(Encoding.JSON, 408, late)
+            body = otlp.status(Encoding.JSON, code, message)
             self.transport.write(
-                b"HTTP/1.1 408 Request Timeout\r\nConnection: close\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+                b"HTTP/1.1 %d %b\r\nConnection: close\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+                % (code, HTTPStatus(code).phrase.encode(), len(body), body)
             )
         self.force_close()
 
@@ -314,8 +325,8 @@ class Server(web.Server):
 
     def _guard(self, request: web.BaseRequest, protocol: "_Connection") -> None:
         """Refuse what a web page may have sent: foreign Host (DNS rebinding), foreign Origin, cross-site fetches."""
-        if request.version < HttpVersion10:
-            raise Refused(400, "HTTP/1.0 or later is needed")
+        if request.version.major != 1:
+            raise Refused(400, "HTTP/1.1 or HTTP/1.0 is needed")
         host = request.headers.get("Host")
         if host is not None and not self._is_our_host(host, protocol.local):
             raise Refused(421, "this Host is not served here; use localhost, or add the name to `hosts` in config.toml")
