@@ -28,6 +28,8 @@ from bridge.web.access import Access, Caller, Denial, is_loopback
 KEEPALIVE_SECONDS = 3_600.0
 HEADER_SECONDS = 10.0
 LINGER_SECONDS = 2.0
+PENALTY_SECONDS = 0.25
+"""How long a 429 takes, so that many connections that flood are slow instead of the bridge."""
 HEADER_BYTES = 64 * 2**10
 """Of a head that is not complete; the parser bounds each line and their number, which would be a megabyte."""
 UNREAD_SECONDS = 30.0
@@ -312,7 +314,7 @@ class Server(web.Server):
         protocol.answered = True
         try:
             self._guard(request, protocol)
-            request[CALLER] = self._admit(request, protocol)
+            request[CALLER] = await self._admit(request, protocol)
             answer = await self._route(request, protocol)(request)
             protocol.finished = True
         except Refused as error:
@@ -337,11 +339,13 @@ class Server(web.Server):
         if any(site not in ("none", "same-origin") for site in request.headers.getall("Sec-Fetch-Site", [])):
             raise Refused(403, "cross-site requests of browsers are refused")
 
-    def _admit(self, request: web.BaseRequest, protocol: "_Connection") -> Caller:
+    async def _admit(self, request: web.BaseRequest, protocol: "_Connection") -> Caller:
         """Who asks. Supervisors and load balancers need no token to ask whether the bridge lives."""
         is_open = request.path.startswith("/-/")
         admitted = self._access.caller(protocol.peer, protocol.local, request.headers, is_open=is_open)
         if isinstance(admitted, Denial):
+            if admitted.code == 429:
+                await asyncio.sleep(PENALTY_SECONDS)
             self.telemetry.denied.labels(str(admitted.code)).inc()
             headers = {"WWW-Authenticate": f'Bearer realm="{HEADERS["Server"]}"'} if admitted.code == 401 else {}
             raise Refused(admitted.code, admitted.message, headers)
