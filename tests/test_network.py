@@ -595,4 +595,4 @@ def test_who_floods_makes_only_himself_wait(make_team: Callable[..., Daemon], ca
             f"{floods.total()} requests of the flood ({floods[429]} x 429), {len(latencies)} of {clients} others:"
             f" p50 {sorted(latencies)[len(latencies) // 2] * 1e3:.1f} ms, p99 {worst * 1e3:.1f} ms\n"
         )
-    assert worst < (0.2 if campaign else 2)
+    assert worst < (0.2 if campaign else 5)

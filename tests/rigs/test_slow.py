@@ -113,7 +113,7 @@ def test_slow_sockets_are_in_nobodys_way(make_daemon: Callable[..., Daemon], cam
             f"{count} slow sockets: {posts} posts, p50 {latencies[posts // 2] * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms,"
             f" at most {most} descriptors, {before} again after {back:.1f} s\n"
         )
-    assert p99 < (0.1 if campaign else 2)
+    assert p99 < (0.1 if campaign else 5)
     assert "Traceback" not in daemon.log
 
 
