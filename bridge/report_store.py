@@ -5,7 +5,7 @@ here is slower than a scan of them, and it starts fast.
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from bridge.reports import Amount, Model, Names, Row, Segment
@@ -16,6 +16,16 @@ _AMOUNT = (
 )
 _PROJECT = "case when rollup.project then rollup.project else coalesce(session.project, 0) end"
 """What metrics alone saw of a session is of its project as well."""
+_NEXT = (
+    "select quarter / 4 from rollup where quarter >= {} and model in (select value from json_each(?1))"
+    " and (requests or input or output or cache_read or cache_write_5m or cache_write_1h or cost)"
+    " order by quarter limit 1"
+)
+_BLOCKS = (
+    f"with recursive block(begin) as (select * from ({_NEXT.format('0')}) union all"
+    f" select ({_NEXT.format('(begin + 5) * 4')}) from block where begin is not null)"
+)
+"""Blocks of five hours: one seek for each, however much was used in it."""
 _IN_TIME = "from rollup join session on session.id = rollup.session where quarter >= ? and quarter < ?"
 
 
@@ -56,15 +66,37 @@ def by_day_and_project(connection: sqlite3.Connection, segment: Segment) -> Iter
     return _rows(connection.execute(sql, (segment.offset, segment.begin, segment.end)))
 
 
-def by_hour(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
-    """By hour since 1970."""
-    sql = f"select quarter / 4, model, 0, max(quarter), {_AMOUNT} from rollup"
-    return _rows(connection.execute(f"{sql} where quarter >= ? and quarter < ? group by 1, 2", (begin, end)))
+def block_begins(connection: sqlite3.Connection, models: Iterable[int]) -> list[int]:
+    """The hours since 1970 with which blocks of these models begin: that of the first use after the last block."""
+    return [
+        begin
+        for (begin,) in connection.execute(
+            f"{_BLOCKS} select begin from block where begin is not null", (_listed(models),)
+        )
+    ]
 
 
-def by_hour_and_project(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
-    sql = f"select quarter / 4, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 1, 2, 3"
-    return _rows(connection.execute(sql, (begin, end)))
+def by_block(connection: sqlite3.Connection, models: Iterable[int]) -> Iterator[Row]:
+    """By the hour that the block of these models begins with; also what others used in that time."""
+    sql = (
+        f"{_BLOCKS} select begin, model, 0, max(quarter), {_AMOUNT} from block"
+        " join rollup on quarter >= begin * 4 and quarter < (begin + 5) * 4 group by 1, 2"
+    )
+    return _rows(connection.execute(sql, (_listed(models),)))
+
+
+def by_block_and_project(connection: sqlite3.Connection, models: Iterable[int]) -> Iterator[Row]:
+    sql = (
+        f"{_BLOCKS} select begin, model, {_PROJECT}, max(quarter), {_AMOUNT} from block"
+        " join rollup on quarter >= begin * 4 and quarter < (begin + 5) * 4"
+        " join session on session.id = rollup.session group by 1, 2, 3"
+    )
+    return _rows(connection.execute(sql, (_listed(models),)))
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    """Numbers as a JSON array."""
+    return f"[{', '.join(map(str, numbers))}]"
 
 
 def by_session(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:

@@ -6,7 +6,7 @@ import sqlite3
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import NamedTuple
 
@@ -39,7 +39,8 @@ class Found(NamedTuple):
     rows: list[Row]
     names: Names
     progress: report_store.Progress | None
-    first_request: int | None
+    first_request: int | None = None
+    block_begins: Sequence[int] = ()
 
 
 def run(options: Namespace, environment: Mapping[str, str], home: str) -> int:
@@ -145,14 +146,15 @@ def _ask(connection: sqlite3.Connection, kind: str, selection: Selection, zone: 
     progress = report_store.progress(connection)
     begin, end = report_store.span(connection)
     if kind == "blocks":
-        by_hour = report_store.by_hour_and_project if has_projects else report_store.by_hour
-        rows = list(by_hour(connection, begin, end))
-        since = now - BLOCK_HOURS * 3600
-        first = report_store.first_request(connection, since, now + 1, _block_tools(selection, names))
-        return Found(rows, names, progress, first)
+        tools = _block_tools(selection, names)
+        models = [number for number, model in names.models.items() if model.tool in tools]
+        begins = report_store.block_begins(connection, models)
+        by_block = report_store.by_block_and_project if has_projects else report_store.by_block
+        first = report_store.first_request(connection, now - BLOCK_HOURS * 3600, now + 1, tools)
+        return Found(list(by_block(connection, models)), names, progress, first, begins)
     parts = (reports.limited(part, selection) for part in reports.segments(begin, end, zone.offset))
     rows = [row for part in parts for row in _rows(connection, kind, part, has_projects=has_projects)]
-    return Found(rows, names, progress, None)
+    return Found(rows, names, progress)
 
 
 def _rows(
@@ -218,7 +220,7 @@ def _blocks(options: Namespace, found: Found, selection: Selection, zone: Zone, 
     rows = reports.select(found.rows, found.names, selection)
     chosen = [
         block
-        for block in reports.blocks(rows, now // 3600)
+        for block in reports.blocks(found.block_begins, rows, now // 3600)
         if _is_within(block, selection, zone) and not (options.active and not _is_active(block, now))
     ]
     shown = [_shown(block, found, zone, now) for block in chosen]

@@ -306,10 +306,7 @@ BLOCK_HOURS = 5
 
 
 class Block(NamedTuple):
-    """Five hours from the hour of a first request on; or a gap between two of them. Hours since 1970.
-
-    Of a gap the amount is empty and `rows` are none.
-    """
+    """Five hours from the hour of a first request on; or a gap between two of them, without rows. Hours since 1970."""
 
     begin: int
     end: int
@@ -331,20 +328,24 @@ class Burn(NamedTuple):
     projected_cost: int
 
 
-def blocks(rows: Iterable[Row], now: int) -> list[Block]:
-    """The blocks of rows with hours as keys, in their order, with the gaps between them and up to `now` (an hour)."""
-    hours: dict[int, list[Row]] = {}
+def blocks(begins: Iterable[int], rows: Iterable[Row], now: int) -> list[Block]:
+    """Blocks by when they begin, and the gaps between them and up to `now` (an hour); `rows` have begins as keys.
+
+    A block of which no row is there is left out, and is no gap.
+    """
+    used: dict[int, list[Row]] = {}
     for row in rows:
         if any(row.amount):
-            hours.setdefault(row.key, []).append(row)
+            used.setdefault(row.key, []).append(row)
     found: list[Block] = []
-    for hour in sorted(hours):
-        if not found or hour >= found[-1].end:
-            if found and hour > found[-1].end:
-                found.append(Block(found[-1].end, hour, is_gap=True))
-            found.append(Block(hour, hour + BLOCK_HOURS, is_gap=False))
-        found[-1] = found[-1]._replace(rows=(*found[-1].rows, *hours[hour]))
-    return found if not found or found[-1].end > now else [*found, Block(found[-1].end, now, is_gap=True)]
+    end = None
+    for begin in begins:
+        if end is not None and begin > end:
+            found.append(Block(end, begin, is_gap=True))
+        end = begin + BLOCK_HOURS
+        if begin in used:
+            found.append(Block(begin, end, is_gap=False, rows=tuple(used[begin])))
+    return found if end is None or end > now else [*found, Block(end, now, is_gap=True)]
 
 
 def burn(block: Block, first: int, now: int) -> Burn:

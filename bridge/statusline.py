@@ -11,7 +11,6 @@ import sqlite3
 import sys
 import time
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 from bridge import place, report_store, reports
@@ -25,8 +24,6 @@ REPEAT_SECONDS = 60
 POST_SECONDS = 0.02
 MAX_INPUT = 4 * 2**20
 MAX_TEXT = 40
-LOOK_BACK = 7 * 86_400
-"""Seconds; only in a week without five idle hours the block's beginning is looked for farther back."""
 _WINDOWS = {"five_hour": "5h", "seven_day": "7d", "seven_day_opus": "7d Opus", "seven_day_sonnet": "7d Sonnet"}
 
 
@@ -110,15 +107,14 @@ def look(connection: sqlite3.Connection, now: float) -> Spent:
 
 
 def _running(connection: sqlite3.Connection, names: reports.Names, now: int) -> Block | None:
-    """The block that `now` is in. Where it begins depends on all since the last time that nothing was used for long."""
-    for since in ((now - LOOK_BACK) // 3600, 0):
-        rows = report_store.by_hour(connection, since * 4, now // QUARTER + 1)
-        chosen = list(reports.select(rows, names, Selection(tools=(TOOL,))))
-        hours = [since, *sorted({row.key for row in chosen})]
-        if any(later - earlier >= BLOCK_HOURS for earlier, later in pairwise(hours)):
-            break
-    found = reports.blocks(chosen, now // 3600)
-    return None if not found or found[-1].is_gap else found[-1]
+    """The block that `now` is in."""
+    begins = report_store.block_begins(connection, [at for at, model in names.models.items() if model.tool == TOOL])
+    current = [begin for begin in begins[-2:] if begin * 3600 <= now < (begin + BLOCK_HOURS) * 3600]
+    for begin in current:
+        rows = report_store.by_model(connection, begin * 4, (begin + BLOCK_HOURS) * 4)
+        chosen = tuple(reports.select(rows, names, Selection(tools=(TOOL,))))
+        return Block(begin, begin + BLOCK_HOURS, is_gap=False, rows=chosen)
+    return None
 
 
 def limits_of(told: Mapping[str, Any]) -> list[Limit]:

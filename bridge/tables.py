@@ -151,6 +151,8 @@ def display_width(cell: str) -> int:
 
 def plain(name: str) -> str:
     """A name without what would steer a terminal."""
+    if name.isprintable():
+        return name
     return "".join(character if character.isprintable() else "�" for character in name)
 
 

@@ -45,7 +45,7 @@ def write_plain(root: Path) -> None:
     """Sessions of some days around a change of the clocks, with idle times, in two models."""
     choose = random.Random(11)
     for session in range(12):
-        time_ms = START_MS + choose.randrange(45 * 86_400_000)
+        time_ms = START_MS + (30 + choose.randrange(30)) * 86_400_000 + choose.randrange(86_400_000)
         lines = []
         for number in range(choose.randrange(5, 60)):
             time_ms += choose.choice((20_000, 60_000, 900_000, 7_200_000))

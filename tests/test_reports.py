@@ -22,7 +22,6 @@ from bridge import reports, tables
 from bridge.cli import _main
 from bridge.join import Worth, add_worth, worth
 from bridge.model import Source, TranscriptRow, Usage, UsageCell
-from bridge.reports import Amount, Row
 from bridge.store import Store
 from bridge.usage import UsageBooks
 from tests.daemon import PROTOBUF, Daemon
@@ -106,6 +105,9 @@ class State:
         for row in self.books._store.truths().values():
             total = add_worth(total, add_worth(row.own, worth(row.pool)))
         return total
+
+    def clear(self) -> None:
+        self._store.execute("delete from rollup")
 
     def close(self) -> None:
         self._store.close()
@@ -445,22 +447,40 @@ def test_an_empty_state_has_an_empty_report(report: Report) -> None:
 # --- blocks ----------------------------------------------------------------------------------------------------
 
 
-def row(hour: int, tokens: int = 1) -> Row:
-    return Row(hour, 1, 0, hour * 4, Amount(requests=1, input=tokens))
+def test_blocks_begin_with_the_hour_of_a_request_and_last_five(state: State, report: Report) -> None:
+    def f(hours: list[int], want: list[tuple[int, int, bool]]) -> None:
+        state.clear()
+        midnight = int(datetime.fromisoformat("2026-02-14T00:00Z").timestamp())
+        for hour in hours:
+            state.add(midnight + hour * HOUR + 59 * 60)
+        found = report("blocks", "--json", "--until", "2026-02-15").json["blocks"]
+        assert [
+            ((seconds(block["start"]) - midnight) // HOUR, (seconds(block["end"]) - midnight) // HOUR, block["gap"])
+            for block in found[:-1]  # the last one is the gap up to now
+        ] == want
+        assert added(found)["requests"] == len(hours)
 
+    def seconds(at: str) -> int:
+        return int(datetime.fromisoformat(at).timestamp())
 
-def test_blocks_begin_with_the_hour_of_a_request_and_last_five() -> None:
-    def f(hours: list[int], want: list[tuple[int, int, bool]], now: int = 0) -> None:
-        assert [block[:3] for block in reports.blocks(map(row, hours), now)] == want
-
-    f([], [])
     f([10], [(10, 15, False)])
     f([14, 10], [(10, 15, False)])
     f([10, 15], [(10, 15, False), (15, 20, False)])
     f([10, 14, 15, 19, 20], [(10, 15, False), (15, 20, False), (20, 25, False)])
     f([10, 16], [(10, 15, False), (15, 16, True), (16, 21, False)])
-    f([10], [(10, 15, False)], now=14)
-    f([10], [(10, 15, False), (15, 17, True)], now=17)
+    f([10, 13, 17, 20], [(10, 15, False), (15, 17, True), (17, 22, False)])
+
+
+def test_what_is_chosen_of_a_block_does_not_move_it(state: State, report: Report) -> None:
+    state.add("2026-02-14T10:00Z", project="/srv/other")
+    state.add("2026-02-14T09:00Z", tool="codex")
+    state.add("2026-02-14T12:00Z")
+    (block, _) = report("blocks", "--project", "app", "--json").json["blocks"]
+    assert (block["start"], block["requests"]) == ("2026-02-14T10:00:00Z", 1)
+    (block, _) = report("blocks", "--tool", "codex", "--json").json["blocks"]
+    assert (block["start"], block["tools"]) == ("2026-02-14T09:00:00Z", ["codex"])
+    (block, _) = report("blocks", "--tool", "*", "--json").json["blocks"]
+    assert (block["start"], block["requests"]) == ("2026-02-14T09:00:00Z", 3)
 
 
 def test_blocks_follow_the_clock_of_the_vendor_not_of_the_zone(state: State, report: Report) -> None:

@@ -110,7 +110,7 @@ def test_a_long_day_without_a_gap_has_its_blocks_where_it_began(state: State, ru
             state.add(at, cost=1_000_000_000)
         left = (begin + 5 * 3600 - int(NOW)) // 60
         assert f" {left // 60}h{left % 60:02} left" in run({}, state.directory)
-        state._store.execute("delete from rollup")
+        state.clear()
 
 
 @pytest.mark.parametrize(
