@@ -73,6 +73,8 @@ class Directory(NamedTuple):
     mode: int = 0
     file_system: str = ""
     free: int = 0
+    put_aside: str = ""
+    """The newest directory with a database that was found damaged."""
 
 
 class Layer(NamedTuple):
@@ -212,7 +214,7 @@ def check_version(metrics: Metrics) -> Iterator[Finding]:
 
 
 def check_directory(directory: Directory, user: int) -> Iterator[Finding]:
-    path, owner, mode, file_system, free = directory
+    path, owner, mode, file_system, free, put_aside = directory
     if owner is None:
         yield Finding(Status.OK, "state", f"{path} does not exist yet; the first start makes it")
         return
@@ -227,6 +229,9 @@ def check_directory(directory: Directory, user: int) -> Iterator[Finding]:
     if file_system in filesystem.NETWORK:
         what = f"{path} is on a network file system ({file_system}), whose locks and syncs SQLite cannot trust"
         findings.append(Finding(Status.WARN, "state", what, "choose a `state_dir` on a local disk"))
+    if put_aside:
+        what = f"the database was damaged once and replaced by a copy; what it was is in {put_aside}"
+        findings.append(Finding(Status.WARN, "state", what, "check the disk; remove that folder when you are done"))
     if free < LITTLE_SPACE:
         status = Status.FAIL if free < NO_SPACE else Status.WARN
         what = f"{free // 10**6} MB are free at {path}"
@@ -603,9 +608,10 @@ def _directory(path: Path) -> Directory:
     try:
         found = path.stat()
         free = shutil.disk_usage(path).free
+        put_aside = max((found.name for found in path.glob("state.corrupt-*")), default="")
     except OSError:
         return Directory(path)
-    return Directory(path, found.st_uid, stat.S_IMODE(found.st_mode), filesystem.kind(path), free)
+    return Directory(path, found.st_uid, stat.S_IMODE(found.st_mode), filesystem.kind(path), free, put_aside)
 
 
 def _inspection(directory: Path) -> Inspection | str | None:

@@ -289,6 +289,7 @@ def test_state_directory() -> None:
     assert f(mode=0o755) == [WARN]
     assert f(file_system="nfs4") == [WARN]
     assert f(free=10**8) == [WARN]
+    assert f(put_aside="state.corrupt-x") == [WARN]
     assert f(free=10**6, mode=0o707) == [WARN, FAIL]
 
 
