@@ -1,10 +1,10 @@
 """What runs on the watched disk, in a process of its own with `shim.c` before the C library.
 
     python -m tests.rigs.workload record DIRECTORY SEED RECORDINGS
-    python -m tests.rigs.workload fail DIRECTORY SEED POINTS
+    python -m tests.rigs.workload fail DIRECTORY SEED POINTS SHARD SHARDS
 
 `record` writes one file of calls each for some runs of a ledger, with marks of what was tried and acknowledged. `fail`
-runs a ledger once for each n, fails its n-th call, and prints what it found.
+runs a ledger once for each n, fails its n-th call, and prints what it did; several processes may share the work.
 
 The worth of the i-th export is 2 to the power of i, so that a total tells exactly which exports it holds, and anything
 that counts twice shows as an export that was never made.
@@ -138,22 +138,22 @@ def step(shim: Shim, rig: MarkedRig, choose: Random, left: list[int]) -> None:
 # --- failing ---------------------------------------------------------------------------------------------------
 
 
-def fail(shim: Shim, directory: Path, seed: int, points: int) -> str:
-    """Fail each call once with each error, or some `points` of them; what was done."""
+def fail(shim: Shim, directory: Path, seed: int, points: int, shard: int, shards: int) -> str:
+    """Fail some `points` of all calls once with each error, one shard of them: runs, points and refusals."""
     choose = Random(seed)
     runs = failures = 0
     calls = count_calls(shim, directory)
     places = range(1, calls + 1) if points >= calls else sorted(choose.sample(range(1, calls + 1), points))
-    progress = Progress("faults", len(places) * len(ERRORS))
+    places = places[shard::shards]
+    choose = Random(f"{seed} {shard}")
+    progress = Progress(f"faults, {shard + 1} of {shards}", len(places) * len(ERRORS))
     for nth in places:
         for name, error in ERRORS.items():
             times = choose.choice((1, 1, 1, 2, 3)) if error > 0 else 1
             failures += run(shim, directory / f"{name}-{nth}", nth, error, times, choose)
             runs += 1
             progress.tell(runs, f"{failures} refusals")
-    return (
-        f"{runs} runs at {len(places)} of {calls} calls, {failures} refusals, 0 false acknowledgements, 0 counted twice"
-    )
+    return f"{runs} {len(places)} {failures}"
 
 
 def count_calls(shim: Shim, directory: Path) -> int:
@@ -239,15 +239,14 @@ def strict_image(watched: Path, calls: Path, target: Path) -> None:
 
 
 def assert_holds(image: Path, made: Iterable[int], where: str) -> None:
-    with closing(MarkedRig(image.parent, connect=connect, name=f"open-{image.name}")) as rig:
+    with closing(MarkedRig(image.parent, name=f"open-{image.name}")) as rig:
         shutil.copytree(image, rig.directory, dirs_exist_ok=True)
         rig.start()
         assert exports_in(rig.held_totals) == set(made), (
             f"{where}: {image.name} has lost {set(made) - exports_in(rig.totals)}"
         )
         assert rig.ledger.lost == 0, f"{where}: {image.name} went back"
-        for number in made:
-            rig.post(EXPORTS[number])
+        rig.post_together([EXPORTS[number] for number in made])
         assert exports_in(rig.totals) == set(made), f"{where}: {image.name} counts a repeat"
 
 
@@ -261,6 +260,6 @@ def build(source: Path, target: Path) -> Path:
 if __name__ == "__main__":
     verb, place, *numbers = sys.argv[1:]
     if verb == "record":
-        record(Shim(), Path(place), int(numbers[0]), int(numbers[1]))
+        record(Shim(), Path(place), *map(int, numbers))
     else:
-        sys.stdout.write(fail(Shim(), Path(place), int(numbers[0]), int(numbers[1])) + "\n")
+        sys.stdout.write(fail(Shim(), Path(place), *map(int, numbers)) + "\n")
