@@ -103,7 +103,7 @@ EXHIBITS: dict[str, Exhibit] = {
                 "        identity = delta_identity(stream.id, point)\n",
             ),
         ),
-        ("tests/test_cases.py", "-k", "wrong_clocks or delta_late"),
+        ("tests/test_cases.py::test_story",),
     ),
     "forgotten_without_a_mark": Exhibit(
         "what was forgotten is refused, not counted again",
