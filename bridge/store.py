@@ -536,6 +536,10 @@ def _series_row(row: tuple[Any, ...]) -> SeriesRow:
     )  # fmt: skip
 
 
+def _schema_of(connection: sqlite3.Connection) -> list[tuple[str, str | None]]:
+    return connection.execute("select name, sql from sqlite_schema order by name").fetchall()
+
+
 def check_rows(connection: sqlite3.Connection) -> None:
     """Read what is served, and compare each row with its checksum. Raises StoreUnavailable."""
     for row in connection.execute(f"select {_SERIES_COLUMNS}, proof from series"):
@@ -649,7 +653,7 @@ class Store:
                     os.EX_DATAERR,
                 )
             if version:
-                self._verify()
+                self._verify(version)
             if 0 < version < self.version:
                 keep_copy(directory, version, now)
             self._configure()
@@ -661,12 +665,21 @@ class Store:
             for path in directory.glob(f"{DATABASE}*"):
                 path.chmod(0o600)
 
-    def _verify(self) -> None:
+    def _verify(self, version: int) -> None:
         """Read the whole file. Raises sqlite3.DatabaseError when its structure is damaged."""
+        if version == self.version and _schema_of(self._connection) != self._schema():
+            raise sqlite3.DatabaseError("database disk image is malformed: its schema was changed")
         check = "quick_check" if self.path.stat().st_size > THOROUGH_BYTES else "integrity_check"
         ((finding,),) = self._connection.execute(f"pragma {check}(1)")
         if finding != "ok":
             raise sqlite3.DatabaseError(f"database disk image is malformed: {finding}")
+
+    def _schema(self) -> list[tuple[str, str | None]]:
+        """The schema that a new database gets."""
+        with contextlib.closing(sqlite3.connect(":memory:")) as new:
+            for script in (_SCHEMA, *self._migrations):
+                new.executescript(script)
+            return _schema_of(new)
 
     def unusable(self, error: Exception) -> StateError:
         """What to say of an error that keeps the database from being used."""

@@ -604,6 +604,18 @@ def test_text_that_a_flipped_bit_has_made_none_is_damage(rig: MarkedRig) -> None
         rig.start()
 
 
+def test_a_changed_schema_is_damage(rig: MarkedRig) -> None:
+    """A flipped bit in the name of a column leaves a database that is whole, and no use."""
+    rig.send(tokens("a", 0, 5))
+    rig.stop()
+    path = rig.directory / DATABASE
+    path.write_bytes(
+        path.read_bytes().replace(b"writer integer not null, labelled", b"vriter integer not null, labelled")
+    )
+    with pytest.raises(Damaged, match="schema was changed"):
+        rig.start()
+
+
 def test_a_changed_value_is_damage(rig: MarkedRig) -> None:
     for table in ("series", "total", "served"):
         rig.send("{session: a, type: input, model: claude-opus-4-5, start: 0, time: 60, delta: 5}")

@@ -48,7 +48,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "no_identity": Exhibit(
         "a delta point counts once",
-        (Edit(BOOKKEEPER, "if _holds(cycle.members, identity):", "if False:"),),
+        (Edit(BOOKKEEPER, "if identity in cycle.members and _holds(cycle.members, identity):", "if False:"),),
         (SCHEDULES,),
     ),
     "no_body_hash": Exhibit(
@@ -59,7 +59,7 @@ EXHIBITS: dict[str, Exhibit] = {
     "body_hash_only": Exhibit(
         "points count once whatever batch brings them",
         (
-            Edit(BOOKKEEPER, "if _holds(cycle.members, identity):", "if False:"),
+            Edit(BOOKKEEPER, "if identity in cycle.members and _holds(cycle.members, identity):", "if False:"),
             Edit(BOOKKEEPER, "needs_hash = needs_hash or _needs_body_hash(origin, stream, point)", "needs_hash = True"),
         ),
         (KILLS,),
@@ -69,9 +69,9 @@ EXHIBITS: dict[str, Exhibit] = {
         (
             Edit(
                 BOOKKEEPER,
-                "        identity = delta_identity(stream.id, point)\n",
-                "        if point.time < self._store.writer_by_id(stream.writer).latest:\n            return True\n"
-                "        identity = delta_identity(stream.id, point)\n",
+                "            identity = delta_identity(stream.row.id, point)\n",
+                "            if point.time < self._store.writer_by_id(writer).latest:\n                return False\n"
+                "            identity = delta_identity(stream.row.id, point)\n",
             ),
         ),
         (SCHEDULES,),
@@ -97,10 +97,10 @@ EXHIBITS: dict[str, Exhibit] = {
         (
             Edit(
                 BOOKKEEPER,
-                "        identity = delta_identity(stream.id, point)\n",
-                "        if point.time // 1_000_000 < self._now - self._settings.retention_ms:\n"
-                "            return Drop.TOO_OLD\n"
-                "        identity = delta_identity(stream.id, point)\n",
+                "            identity = delta_identity(stream.row.id, point)\n",
+                "            if point.time // 1_000_000 < self._now - self._settings.retention_ms:\n"
+                "                return Drop.TOO_OLD\n"
+                "            identity = delta_identity(stream.row.id, point)\n",
             ),
         ),
         ("tests/test_cases.py::test_story",),
@@ -120,9 +120,9 @@ EXHIBITS: dict[str, Exhibit] = {
         (Edit(BOOKKEEPER, "return replace(row, base=row.value or 0, born", "return replace(row, born"),),
         (SCHEDULES,),
     ),
-    "float_sums": Exhibit(
-        "money is counted in integers",
-        (Edit(BOOKKEEPER, "value = round(value * origin.scale)", "value = value * origin.scale"),),
+    "cut_money": Exhibit(
+        "money is rounded to the nano-dollar, so that sums do not depend on who sent it",
+        (Edit(BOOKKEEPER, "value = round(value * origin.scale)", "value = int(value * origin.scale)"),),
         ("tests/test_ledger_properties.py::test_costs_add_up_to_the_nano_dollar_in_any_order",),
     ),
     "exponent_format": Exhibit(
@@ -210,8 +210,8 @@ EXHIBITS: dict[str, Exhibit] = {
         (
             Edit(
                 USAGE,
-                "if usage.source is Source.EVENT or _rank(candidate) <= _rank(known):",
-                "if usage.source is Source.EVENT:",
+                "if is_repeat or _rank(candidate) <= _rank(known):",
+                "if is_repeat:",
             ),
         ),
         (
@@ -226,7 +226,7 @@ EXHIBITS: dict[str, Exhibit] = {
             Edit(
                 USAGE,
                 "key = usage.message + usage.key[:8] if usage.message else usage.key\n",
-                "key = usage.message + usage.key[:8] + str(usage.order).encode() if usage.message else usage.key\n",
+                "key = usage.message + usage.key[:8] + usage.session.encode() if usage.message else usage.key\n",
             ),
         ),
         ("tests/test_transcripts.py::test_a_fork_of_a_session_counts_once",),

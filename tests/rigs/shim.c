@@ -123,7 +123,8 @@ static int truncated(int fd, int64_t size) {
 int ftruncate(int fd, off_t size) { return truncated(fd, size); }
 int ftruncate64(int fd, off64_t size) { return truncated(fd, size); }
 
-/* A sync that fails is recorded as such: what was to be synced may never reach the disk. */
+/* A sync that fails is recorded as such: what was to be synced may never reach the disk. One that was interrupted has
+ * not begun. */
 static int synced(int fd, int number) {
     int result, error;
     if (!is_tracked(fd)) return (int)syscall(number, fd);
@@ -131,7 +132,7 @@ static int synced(int fd, int number) {
     error = verdict();
     if (error > 0) { errno = error; result = -1; }
     else result = (int)syscall(number, fd);
-    note(SYNC, fd, result, 0, 0);
+    if (error != EINTR) note(SYNC, fd, result, 0, 0);
     pthread_mutex_unlock(&lock);
     return result;
 }
