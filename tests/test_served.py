@@ -609,9 +609,7 @@ def test_a_changed_schema_is_damage(rig: MarkedRig) -> None:
     rig.send(tokens("a", 0, 5))
     rig.stop()
     path = rig.directory / DATABASE
-    path.write_bytes(
-        path.read_bytes().replace(b"writer integer not null, labelled", b"vriter integer not null, labelled")
-    )
+    path.write_bytes(path.read_bytes().replace(b"labelled blob not null", b"mabelled blob not null"))
     with pytest.raises(Damaged, match="schema was changed"):
         rig.start()
 
