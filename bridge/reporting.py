@@ -224,6 +224,8 @@ def _blocks(options: Namespace, found: Found, selection: Selection, zone: Zone, 
         if _is_within(block, selection, zone) and not (options.active and not _is_active(block, now))
     ]
     shown = [_shown(block, found, zone, now) for block in chosen]
+    if options.active and not shown and not (options.json or options.csv):
+        return "No block is active: the last five hours saw no use, or its block is over.\n"
     used = [one for one in shown if not one.block.is_gap]
     everything: Iterable[Row] = (row for one in used for row in one.block.rows)
     report = reports.summed("blocks", (one.entry for one in used), everything, found.names)

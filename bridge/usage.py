@@ -515,11 +515,10 @@ class UsageBooks:
         self._store.add_to_rollups((key, _as_sums(sums)) for key, sums in self._rollups.items() if any(sums))
         for (session, model), changes in self._beyond.items():
             booked = settle(self._store.metric_rollups(session, model), changes)
-            self._store.add_to_rollups(
-                (RollupKey(quarter, model, session, 0, 0, METRICS), _sums_of(part)) for quarter, part in booked.items()
-            )
+            keys = [RollupKey(quarter, model, session, 0, 0, METRICS) for quarter in booked]
+            self._store.add_to_rollups(zip(keys, map(_sums_of, booked.values()), strict=True))
             if any(min(*part.tokens, part.cost, part.unpriced) < 0 for part in booked.values()):
-                self._store.forget_empty_rollups(session, model)
+                self._store.forget_empty_rollups(keys)
 
     def _truth_of(self, tools: set[str]) -> dict[tuple[str, str], int]:
         """The truth of whole tools, by (tool, kind)."""

@@ -360,19 +360,18 @@ class UsageStore:
         """What metrics say beyond the requests of a cell, by quarter, the latest first; asked for when it is needed."""
         rows = self._store.execute(
             "select quarter, input, output, cache_read, cache_write_5m, cost, unpriced from rollup"
-            f" where part = {METRICS} and session = ? and model = ? order by quarter desc",
+            f" where part = {METRICS} and session = ? and model = ?"
+            " and max(input, output, cache_read, cache_write_5m, cost, unpriced) > 0 order by quarter desc",
             (session, model),
         )
         for quarter, *tokens, cost, unpriced in rows:
             yield quarter, Worth(tuple(tokens), cost, unpriced)
 
-    def forget_empty_rollups(self, session: int, model: int) -> None:
-        """Delete what metrics once said beyond the requests of a cell, and no more."""
-        self._store.execute(
-            f"delete from rollup where part = {METRICS} and session = ? and model = ?"
-            f" and {' and '.join(f'{name} = 0' for name in _SUMS)}",
-            (session, model),
-        )
+    def forget_empty_rollups(self, keys: Iterable[RollupKey]) -> None:
+        """Delete those of these rollups that have come to nothing."""
+        named = " and ".join(f"{name} = ?" for name in RollupKey._fields)
+        empty = " and ".join(f"{name} = 0" for name in _SUMS)
+        self._store.executemany(f"delete from rollup where {named} and {empty}", keys)
 
     def forget_rows(self, before: int, most: int) -> int:
         """Delete up to `most` rows older than `before` (Unix ms), keeping their keys; their number."""

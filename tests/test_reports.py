@@ -500,6 +500,7 @@ def test_the_active_block_tells_its_rate_and_what_it_comes_to(
     monkeypatch.setattr("bridge.reporting.time.time", lambda: at)
     (block,) = report("blocks", "--active", "--json").json["blocks"]
     assert block["active"]
+    assert report("blocks", "--active", "--tool", "codex").text.startswith("No block is active")
     assert block["tokens"] == 1200
     assert block["burn"] == {
         "tokens_per_minute": 20.0, "cost_usd_per_hour": 4.0, "minutes_left": 210, "projected_tokens": 5400,
