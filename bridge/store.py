@@ -214,7 +214,8 @@ class Damaged(StateError):
 def prepare_directory(directory: Path) -> str | None:
     """Create the state directory for its owner alone; one line for the log if its permissions were tightened.
 
-    Raises StateError when it cannot be made (73), belongs to somebody else or is no real directory (77).
+    Raises StateError when it cannot be made (73), belongs to somebody else or is no real directory, when others could
+    exchange it, or when a file in it is a link (77).
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -234,10 +235,33 @@ def prepare_directory(directory: Path) -> str | None:
             " --state-dir",
             os.EX_NOPERM,
         )
+    _require_own_files(directory)
     if stat.S_IMODE(found.st_mode) & 0o077:
         directory.chmod(0o700)
         return f"state directory {directory} was open to others; its mode is now 0700"
     return None
+
+
+def _require_own_files(directory: Path) -> None:
+    """Refuse files that somebody else has put in our place, or could: our writes would go where he wants."""
+    for parent in directory.resolve().parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise StateError(
+                f"{parent} may be written by everybody, so that anybody could exchange the state; chmod o-w {parent},"
+                " or choose another --state-dir",
+                os.EX_NOPERM,
+            )
+    for name in (LOCK, DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", SERVED):
+        path = directory / name
+        with contextlib.suppress(FileNotFoundError):
+            found = path.lstat()
+            is_link = stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink != 1)
+            if is_link or found.st_uid != os.geteuid():
+                raise StateError(
+                    f"{path} is a link or belongs to another user; see where it leads, and move it away",
+                    os.EX_NOPERM,
+                )
 
 
 def lock(directory: Path, instance: str = "") -> int:

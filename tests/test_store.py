@@ -232,6 +232,34 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     assert refused.value.exit_code == os.EX_NOPERM
 
 
+@pytest.mark.parametrize("name", ["lock", "state.db", "state.db-wal", "state.db-shm", "served.bin"])
+@pytest.mark.parametrize("kind", ["symbolic", "dangling", "hard"])
+def test_a_link_in_place_of_a_file_of_ours_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    precious, state = tmp_path / "precious", tmp_path / "state"
+    precious.write_bytes(b"precious")
+    prepare_directory(state)
+    if kind == "hard":
+        (state / name).hardlink_to(precious)
+    else:
+        (state / name).symlink_to(precious if kind == "symbolic" else tmp_path / "nowhere")
+    with pytest.raises(StateError, match=f"{name} is a link") as refused:
+        prepare_directory(state)
+    assert refused.value.exit_code == os.EX_NOPERM
+    assert precious.read_bytes() == b"precious"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_place_where_anybody_could_exchange_the_state_is_refused(tmp_path: Path) -> None:
+    public = tmp_path / "public"
+    public.mkdir()
+    public.chmod(0o777)
+    with pytest.raises(StateError, match="may be written by everybody") as refused:
+        prepare_directory(public / "a" / "state")
+    assert refused.value.exit_code == os.EX_NOPERM
+    public.chmod(0o1777)
+    assert prepare_directory(public / "a" / "state") is None
+
+
 def test_a_directory_of_another_user_is_refused() -> None:
     with somebody_else(), pytest.raises(StateError, match="belongs to uid 0") as refused:
         prepare_directory(Path("/"))
