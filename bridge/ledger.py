@@ -141,6 +141,10 @@ class Ledger:
         self._thread.start()
         await self._started
 
+    def now_ms(self) -> int:
+        """The time as the ledger takes it, in Unix ms."""
+        return self._clock_ms()
+
     async def wait_ready(self, seconds: float) -> bool:
         """Wait until the state is loaded, but not longer than `seconds`; whether it is."""
         with contextlib.suppress(TimeoutError):

@@ -33,6 +33,9 @@ CHUNK = 8 * 2**20
 MAX_DOCUMENT = 64 * 2**20
 """Bytes of a document above which it is passed over and counted, since all of it is in memory at once."""
 HEAD = 1024
+_REAL: dict[str, tuple[int, int]] = {}
+MAX_REAL = 4096
+"""Directories that are known to be reached without links, with their device and inode."""
 _BEGINNING = 64 * 2**10
 _TIMESTAMP = re.compile(rb'"timestamp"\s*:\s*"([^"]{10,40})"')
 
@@ -74,8 +77,7 @@ def files(root: str, tool: Transcripts) -> list[tuple[str, int]]:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int]:
     """A regular file, reached without any link: events also tell of what lies behind links to directories."""
-    directory = os.path.dirname(path)  # noqa: PTH120  # pathlib takes five times as long
-    if os.path.realpath(directory) != directory:
+    if not _is_real(os.path.dirname(path)):  # noqa: PTH120  # pathlib takes five times as long
         raise FileNotFoundError(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
@@ -84,6 +86,19 @@ def _opened(path: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_real(directory: str) -> bool:
+    """Whether no part of a directory's path is a link; once known, it holds for as long as it is the same directory."""
+    found = os.stat(directory)  # noqa: PTH116  # as above
+    identity = found.st_dev, found.st_ino
+    if _REAL.get(directory) != identity:
+        if os.path.realpath(directory) != directory:
+            return False
+        if len(_REAL) >= MAX_REAL:
+            _REAL.clear()
+        _REAL[directory] = identity
+    return True
 
 
 def first_row(tool: Transcripts, path: str) -> TranscriptRow | None:
@@ -102,6 +117,16 @@ def first_row(tool: Transcripts, path: str) -> TranscriptRow | None:
             return TranscriptRow(0, path, found.st_dev, found.st_ino, _head(beginning[:HEAD]), 0, end, end, origin)
     except OSError:
         return None
+
+
+def moved_row(path: str, rows: Iterable[TranscriptRow]) -> TranscriptRow | None:
+    """The row of a file that is known under another path where it is no more, with history that is not read yet."""
+    with contextlib.suppress(OSError), _opened(path) as descriptor:
+        found = os.fstat(descriptor)
+        for row in rows:
+            if row.history < row.history_end and _is_same(descriptor, found, row) and not os.path.exists(row.path):  # noqa: PTH110
+                return row._replace(id=0, path=path)
+    return None
 
 
 def begun(path: str) -> int:

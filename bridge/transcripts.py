@@ -36,6 +36,7 @@ from bridge.reading import (
     files,
     first_row,
     is_packed,
+    moved_row,
     pieces,
     read_live,
     read_old,
@@ -88,6 +89,8 @@ class Follower:
         self._files: dict[str, TranscriptRow] = {}
         self._changed: set[str] = set()
         self._unreadable: set[str] = set()
+        self._held: set[str] = set()
+        self._looked_ms = 0
         self._is_unpacking = False
         self._wake = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "transcripts")
@@ -129,6 +132,7 @@ class Follower:
 
     async def _load(self) -> None:
         self._files = {row.path: row for row in await self._ledger.transcripts()}
+        self._looked_ms = self._ledger.now_ms()
         looked = (await self._ledger.roots()).values()
         self._has_history = not all(looked) or any(row.history < row.history_end for row in self._files.values())
 
@@ -180,6 +184,7 @@ class Follower:
         rows = await self._in_reader(lambda: [row for path, _ in found if (row := first_row(tool, path))])
         rows = await self._ledger.add_root(root, rows)
         self._has_history |= any(row.history_end for row in rows)
+        self._looked_ms = self._ledger.now_ms()
         self._files.update((row.path, row) for row in rows)
         self.progress.files += len(rows)
         self.progress.bytes += sum(row.history_end for row in rows)
@@ -196,7 +201,20 @@ class Follower:
             found = await self._in_reader(partial(self._files_below, directory))
             paths |= {path for path, size in found if self._is_news(path, size)}
         # The oldest first: a fork that is read before what it copies would be served, and then be a copy.
-        for path in await self._in_reader(lambda: sorted(paths, key=self._begun)):
+        for begin, path in await self._in_reader(lambda: sorted(map(self._begun, paths))):
+            if self._has_history and path not in self._files and begin < self._looked_ms:
+                await self._hold(path)
+            else:
+                await self._follow(path)
+
+    async def _hold(self, path: str) -> None:
+        """Keep a file that may copy history until that is read, for nobody knows yet what it copies. One that history
+        has under another name is known under both from now on."""
+        moved = await self._in_reader(lambda: moved_row(path, self._files.values()))
+        if moved is None:
+            self._held.add(path)
+        else:
+            self._files[path] = await self._ledger.post_transcript(moved, (), (), is_history=True)
             await self._follow(path)
 
     async def _follow(self, path: str) -> None:
@@ -323,9 +341,11 @@ class Follower:
         return [read_old(self._tool_of(row.path), row) for row in rows]
 
     async def _commit_next(self) -> None:
-        """Commit what is read first; return at once when something else has changed."""
+        """Commit what is read first; return when something else has changed, or may have."""
         waking = asyncio.create_task(self._wake.wait())
-        done, _ = await asyncio.wait((*self._reading, waking), return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(
+            (*self._reading, waking), timeout=ROOT_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
         waking.cancel()
         for task in [task for task in self._reading if task in done]:
             del self._reading[task]
@@ -357,6 +377,8 @@ class Follower:
             self._has_history = False
             self._may_start = True
             await self._stop_readers()
+            self._note(self._held)
+            self._held = set()
             log.info("history is read", extra={"files": self.progress.files})
         return False
 

@@ -1,6 +1,7 @@
 """History that is read by processes: the same as the bridge reads it, whatever becomes of them and of the files."""
 
 import asyncio
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from bridge import transcripts
+from bridge.ledger import Ledger
 from bridge.pricing import normalise_model
 from bridge.readers import Readers
 from bridge.reading import Chunk, Wanted
 from bridge.tools.claude_code_lines import TRANSCRIPTS
 from tests.following import Following, following
-from tests.transcript_tree import Truth, response, write_tree
+from tests.transcript_tree import START_MS, Truth, response, timestamp, write_tree
 
 KINDS = ("input", "output", "read", "requests")
 
@@ -137,6 +139,42 @@ def test_reading_goes_on_after_a_stop_in_between(
         patch.setattr(Readers, "read", read_three)
         asyncio.run(begin())
     asyncio.run(go_on())
+
+
+def test_forks_and_renames_of_unread_history_are_history(
+    tmp_path: Path, tree: tuple[Path, Truth], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What begins later is served at once, while all else waits for the history that it may be a copy of."""
+    root, truth = tree
+    read, may_read = Readers.read, asyncio.Event()
+    looked_ms = START_MS + 10**10
+    shutil.rmtree(root / "p\udcff")  # where there is one, there are no events
+
+    async def read_later(readers: Readers, wanted: list[Wanted]) -> list[Chunk]:
+        await may_read.wait()
+        return await read(readers, wanted)
+
+    async def follow() -> None:
+        async with following(tmp_path / "state", {str(root): TRANSCRIPTS}, waits=False) as bridge:
+            await until(lambda: started(bridge) is not None)
+            first, second, *_ = sorted(path for path in root.glob("-home*/*.jsonl") if path.stat().st_size > 1000)
+            old = first.read_bytes()
+            (first.parent / "fork.jsonl").write_bytes(
+                old[: old.rindex(b"\n", 0, -1) + 1].replace(b'"sessionId":"', b'"sessionId":"f')
+            )
+            second.rename(second.with_name("renamed.jsonl"))
+            new = response("msg_live", "req_live", model="live", timestamp=timestamp(looked_ms + 1))
+            (first.parent / "new.jsonl").write_bytes(new)
+            await until(lambda: "live" in bridge.served("claude_code"))
+            may_read.set()
+            live = Counter(input=10, output=20, read=0, requests=1)
+            known = {model: counts for model, counts in expected(truth).items() if model != "odd"}
+            assert await stored(bridge) == {**known, "live": live}
+            assert bridge.served("claude_code").keys() == {"live"}
+
+    monkeypatch.setattr(Readers, "read", read_later)
+    monkeypatch.setattr(Ledger, "now_ms", lambda _: looked_ms, raising=False)
+    asyncio.run(follow())
 
 
 def test_a_process_ends_with_its_input() -> None:

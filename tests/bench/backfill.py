@@ -1,8 +1,8 @@
 """The first look at a large tree of transcripts: the bridge and ccusage on the same files, in alternating order.
 
-    python -m tests.bench.backfill [--files 2000] [--megabytes 1000] [--runs 3] [--ccusage PATH] [--tree DIRECTORY]
+    python -m tests.bench.backfill [--files 2000] [--megabytes 1000 4000] [--runs 3] [--ccusage PATH] [--tree DIRECTORY]
 
-The tree and the states lie in a temporary directory unless DIRECTORY is given, where the tree is kept for next time.
+The trees and the states lie in a temporary directory unless DIRECTORY is given, where the trees are kept for next time.
 The bridge's time runs from the start of the process until its log says that history is read; CPU and memory are those
 of the process until then. What it stored is compared with what the tree's generator decided; a difference is an error.
 `--profile` says instead where the time of reading and of storing goes, each alone and in this process.
@@ -179,20 +179,21 @@ def profile(tree: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=int, default=2000)
-    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[1000])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--ccusage", default=shutil.which("ccusage"), help="its program; npm install ccusage@20.0.24")
-    parser.add_argument("--tree", type=Path, help="keep the tree here")
+    parser.add_argument("--tree", type=Path, help="keep the trees below this directory")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        tree = (options.tree or Path(directory)).resolve()
-        tree.mkdir(parents=True, exist_ok=True)
-        truth = make_tree(tree, options.files, int(options.megabytes * 1e6))
-        if options.profile:
-            profile(tree)
-            return
-        compare(tree, truth, options.ccusage, options.runs)
+        for megabytes in options.megabytes:
+            tree = (options.tree or Path(directory)).resolve() / f"{options.files}-{megabytes}"
+            tree.mkdir(parents=True, exist_ok=True)
+            truth = make_tree(tree, options.files, megabytes * 10**6)
+            if options.profile:
+                profile(tree)
+            else:
+                compare(tree, truth, options.ccusage, options.runs)
 
 
 def compare(tree: Path, truth: Sums, ccusage: str | None, runs: int) -> None:
@@ -210,7 +211,7 @@ def compare(tree: Path, truth: Sums, ccusage: str | None, runs: int) -> None:
                 other.append(run)
     requests = sum(counts["requests"] for counts in truth.tokens.values())
     lines = [
-        f"{len(paths)} files, {size:.3f} GB, {requests} requests, {truth.cost / 1e9:.2f} USD; best of {runs} runs",
+        f"\n{len(paths)} files, {size:.3f} GB, {requests} requests, {truth.cost / 1e9:.2f} USD; best of {runs} runs",
         "",
         "| | wall s | CPU s | CPU s/GB | peak MB | USD |",
         "|---|---|---|---|---|---|",
