@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from bridge.reports import Amount, Model, Names, Row, Segment
 
+LIMIT_USED, LIMIT_RESET = "ai.limit.used", "ai.limit.reset.timestamp"
+"""The gauges of official limits: the part that is used, and when they begin anew (Unix seconds)."""
 _AMOUNT = (
     "sum(requests), sum(input), sum(output), sum(cache_read), sum(cache_write_5m + cache_write_1h),"
     " sum(cache_write_1h), sum(cost), sum(unpriced)"
@@ -40,10 +42,11 @@ class Progress(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """What a tool's vendor said last of a limit: the part of it that is used, and when (Unix nanoseconds)."""
+    """What a gauge of an official limit said last, and when (Unix nanoseconds); `name` where a tool has several."""
 
     tool: str
     window: str
+    name: str
     value: float
     time: int
 
@@ -158,4 +161,7 @@ def limits(connection: sqlite3.Connection, metric: str) -> list[Limit]:
         (metric,),
     )
     told = ((dict(json.loads(labels)), value, time) for labels, value, time in rows)
-    return [Limit(pairs.get("tool", ""), pairs.get("window", ""), float(value), time) for pairs, value, time in told]
+    return [
+        Limit(pairs.get("tool", ""), pairs.get("window", ""), pairs.get("limit", ""), float(value), time)
+        for pairs, value, time in told
+    ]

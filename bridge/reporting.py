@@ -14,7 +14,7 @@ from bridge import report_store, reports, tables
 from bridge.database import Unreadable, is_running, read
 from bridge.place import Misplaced, Place, find
 from bridge.reports import BLOCK_HOURS, PERIODS, QUARTER, Block, Names, Offset, Row, Selection
-from bridge.tables import Scope, ShownBlock
+from bridge.tables import Scope, ShownBlock, ShownLimit
 
 BLOCKS_OF = "claude_code"
 """The tool whose blocks are shown when none is named: each vendor counts its own."""
@@ -41,6 +41,7 @@ class Found(NamedTuple):
     progress: report_store.Progress | None
     first_request: int | None = None
     block_begins: Sequence[int] = ()
+    limits: Sequence[ShownLimit] = ()
 
 
 def run(options: Namespace, environment: Mapping[str, str], home: str) -> int:
@@ -151,7 +152,8 @@ def _ask(connection: sqlite3.Connection, kind: str, selection: Selection, zone: 
         begins = report_store.block_begins(connection, models)
         by_block = report_store.by_block_and_project if has_projects else report_store.by_block
         first = report_store.first_request(connection, now - BLOCK_HOURS * 3600, now + 1, tools)
-        return Found(list(by_block(connection, models)), names, progress, first, begins)
+        limits = _limits(connection, tools, zone, now)
+        return Found(list(by_block(connection, models)), names, progress, first, begins, limits)
     parts = (reports.limited(part, selection) for part in reports.segments(begin, end, zone.offset))
     rows = [row for part in parts for row in _rows(connection, kind, part, has_projects=has_projects)]
     return Found(rows, names, progress)
@@ -167,6 +169,19 @@ def _rows(
         return report_store.by_session(connection, part.begin, part.end)
     by = report_store.by_project if has_projects else report_store.by_model
     return by(connection, part.begin, part.end)
+
+
+def _limits(connection: sqlite3.Connection, tools: set[str], zone: Zone, now: int) -> list[ShownLimit]:
+    """The official limits of these tools that have not begun anew since they were told."""
+    resets = {limit[:3]: limit.value for limit in report_store.limits(connection, report_store.LIMIT_RESET)}
+    found = []
+    for limit in sorted(report_store.limits(connection, report_store.LIMIT_USED)):
+        resets_at = int(resets.get(limit[:3], 0))
+        if limit.tool in tools and (not resets_at or now < resets_at < now + 400 * 86_400):
+            window = f"{limit.window} {limit.name}".strip()
+            shown = _minute(zone, resets_at) if resets_at else ""
+            found.append(ShownLimit(limit.tool, window, limit.value, shown, _minute(zone, limit.time // 10**9)))
+    return found
 
 
 def _block_tools(selection: Selection, names: Names) -> set[str]:
@@ -231,8 +246,8 @@ def _blocks(options: Namespace, found: Found, selection: Selection, zone: Zone, 
     report = reports.summed("blocks", (one.entry for one in used), everything, found.names)
     scope = scope._replace(filters=_scope(selection, zone, is_complete=True).filters)
     if options.json:
-        return tables.blocks_json(shown, report, scope)
-    return tables.as_csv(report) if options.csv else tables.blocks_text(shown, report, scope, _width())
+        return tables.blocks_json(shown, found.limits, report, scope)
+    return tables.as_csv(report) if options.csv else tables.blocks_text(shown, found.limits, report, scope, _width())
 
 
 def _is_within(block: Block, selection: Selection, zone: Zone) -> bool:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from bridge import place, report_store, reports
 from bridge.database import Unreadable, is_running, read
+from bridge.report_store import LIMIT_RESET, LIMIT_USED
 from bridge.reports import BLOCK_HOURS, QUARTER, Block, Burn, Selection
 
 TOOL = "claude_code"
-USED, RESET = "ai.limit.used", "ai.limit.reset.timestamp"
 REPEAT_SECONDS = 60
 """How long the bridge is not told again of a limit that has not changed."""
 POST_SECONDS = 0.02
@@ -102,7 +102,7 @@ def look(connection: sqlite3.Connection, now: float) -> Spent:
         first = report_store.first_request(connection, block.begin * 3600, seconds + 1, {TOOL})
         burn = reports.burn(block, first or block.begin * 3600, seconds)
     progress = report_store.progress(connection)
-    known = report_store.limits(connection, USED)
+    known = report_store.limits(connection, LIMIT_USED)
     return Spent(spent, block, burn, progress is None or not progress.unsettled, known)
 
 
@@ -213,8 +213,8 @@ def body(limits: list[Limit], now: float) -> bytes:
     used = [(limit.window, limit.used) for limit in limits]
     resets = [(limit.window, limit.resets_at) for limit in limits if limit.resets_at]
     metrics = [
-        gauge(USED, "1", "How much of a limit is used, 0 to 1.", used),
-        gauge(RESET, "s", "When a limit begins anew, Unix time.", resets),
+        gauge(LIMIT_USED, "1", "How much of a limit is used, 0 to 1.", used),
+        gauge(LIMIT_RESET, "s", "When a limit begins anew, Unix time.", resets),
     ]
     resource = {"attributes": [_attribute("service.name", place.NAME)]}
     scopes = [{"scope": {"name": place.NAME}, "metrics": metrics if resets else metrics[:1]}]

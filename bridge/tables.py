@@ -203,8 +203,20 @@ class ShownBlock(NamedTuple):
     burn: Burn | None
 
 
-def blocks_text(shown: Sequence[ShownBlock], report: Report, scope: Scope, width: int) -> str:
-    """Blocks as a table, gaps as lines of their own, and what the active one comes to."""
+class ShownLimit(NamedTuple):
+    """An official limit: the part that is used, and as text when it begins anew and when that was told."""
+
+    tool: str
+    window: str
+    used: float
+    resets_at: str
+    told_at: str
+
+
+def blocks_text(
+    shown: Sequence[ShownBlock], limits: Sequence[ShownLimit], report: Report, scope: Scope, width: int
+) -> str:
+    """Blocks as a table, gaps as lines of their own, what the active one comes to, and the official limits."""
     title = f"Usage {TITLES['blocks']} · {_scope(scope)}"
     if not report.entries:
         return f"{title}\n\nNo usage is recorded there.\n"
@@ -219,7 +231,14 @@ def blocks_text(shown: Sequence[ShownBlock], report: Report, scope: Scope, width
     for one in shown:
         if one.burn is not None:
             lines += ["", *_burning(one, one.burn, _places(report))]
+    lines += ["", *map(_limit, limits)] if limits else []
     return "\n".join((*lines, *_unpriced(report), NOTE)) + "\n"
+
+
+def _limit(limit: ShownLimit) -> str:
+    name = plain(f"{limit.tool} {limit.window}").replace("_", " ")
+    until = f" until {limit.resets_at}" if limit.resets_at else ""
+    return f"Official limit of {name}: {limit.used:.0%} used{until}, as told {limit.told_at}."
 
 
 def _burning(shown: ShownBlock, burn: Burn, places: int) -> list[str]:
@@ -242,7 +261,7 @@ def as_json(report: Report, scope: Scope) -> str:
     return _dump(report, scope, {"rows": rows})
 
 
-def blocks_json(shown: Sequence[ShownBlock], report: Report, scope: Scope) -> str:
+def blocks_json(shown: Sequence[ShownBlock], limits: Sequence[ShownLimit], report: Report, scope: Scope) -> str:
     rows = []
     for one in shown:
         begin, end = (_iso(hour * 3600) for hour in one.block[:2])
@@ -257,7 +276,8 @@ def blocks_json(shown: Sequence[ShownBlock], report: Report, scope: Scope) -> st
                 "projected_cost_usd": one.burn.projected_cost / NANO,
             }
         rows.append(row)
-    return _dump(report, scope, {"blocks": rows})
+    told: list[dict[str, object]] = [limit._asdict() for limit in limits]
+    return _dump(report, scope, {"blocks": rows, "limits": told})
 
 
 def _dump(report: Report, scope: Scope, rows: dict[str, list[dict[str, object]]]) -> str:

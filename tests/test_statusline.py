@@ -18,6 +18,7 @@ import pytest
 
 from bridge import statusline
 from bridge.__main__ import main
+from bridge.cli import _main
 from tests.daemon import Daemon
 from tests.test_reports import State
 from tests.test_transcripts import append, eventually, follow_from_here, projects, select
@@ -157,7 +158,7 @@ def test_a_fault_of_ours_is_a_line_as_well(state: State, run: Run, monkeypatch: 
 
 
 def test_a_running_bridge_learns_of_the_limits_and_not_twice_a_minute(
-    make_daemon: Callable[..., Daemon], run: Run
+    make_daemon: Callable[..., Daemon], run: Run, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     daemon = follow_from_here(make_daemon())
     listen = f"localhost:{daemon.port}"
@@ -189,6 +190,12 @@ def test_a_running_bridge_learns_of_the_limits_and_not_twice_a_minute(
     assert commits() - before == 1
     append(projects(daemon) / "p" / "s.jsonl", response("msg_1", "req_1"))
     assert eventually(lambda: select(daemon, "select 1 from rollup"))
+    command = ["--state-dir", str(daemon.state_dir), "report", "blocks"]
+    assert _main(command) == 0
+    assert b"Official limit of claude code five hour: 38% used until 2" in capfdbinary.readouterr().out
+    assert _main([*command, "--json"]) == 0
+    (limit,) = json.loads(capfdbinary.readouterr().out)["limits"]
+    assert (limit["tool"], limit["window"], limit["used"]) == ("claude_code", "five_hour", 0.38)
     daemon.kill()
     assert run(TOLD, daemon.state_dir, None, BRIDGE_LISTEN=listen).endswith(" · bridge stopped")
 
