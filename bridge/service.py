@@ -335,7 +335,7 @@ def _do(options: argparse.Namespace, config: Config, variables: Mapping[str, str
     if verb == "install":
         if system:
             _require_public(service.command)
-        _require_tokens(service, config, host)
+        require_tokens(service, config, host)
         service.install()
         _say(f"next       {NAME} setup     (what Claude Code needs to be told)")
         if host.platform == "linux" and not system:
@@ -347,7 +347,7 @@ def _do(options: argparse.Namespace, config: Config, variables: Mapping[str, str
     return os.EX_OK
 
 
-def _require_tokens(service: Service, config: Config, host: Host) -> None:
+def require_tokens(service: Service, config: Config, host: Host) -> None:
     """What the bridge would refuse to start for is said before it is a service."""
     if any(host.environment.get(name) for name in TOKEN_VARIABLES):
         raise ServiceError(

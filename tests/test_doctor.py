@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bridge import __version__, doctor, filesystem
-from bridge.config import Config
+from bridge.config import Config, load
 from bridge.doctor import Answer, Directory, Finding, Layer, Status, Transcripts
 from bridge.model import Drop
 from bridge.store import SCHEMA_VERSION, Inspection
@@ -512,3 +512,16 @@ def test_the_manual_without_its_library_says_what_to_install() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == os.EX_UNAVAILABLE
     assert "claude-otel-bridge[completion]" in done.stderr
+
+
+def test_a_bridge_that_wants_a_token_is_examined_with_it(make_daemon: Callable[..., Daemon]) -> None:
+    token = "x" * 40
+    daemon = make_daemon(env={"BRIDGE_LOOPBACK_TOKEN": "true", "BRIDGE_TOKEN": token}).start()
+    settings = load("", {}, {"listen": [f"localhost:{daemon.port}"], "state_dir": str(daemon.state_dir)}, "")
+    home = {"HOME": str(daemon.directory)}
+    with_token = doctor.gather(settings, {**home, "BRIDGE_TOKEN": token}, managed=())
+    assert with_token.metrics is not None
+    assert with_token.profile
+    without = doctor.gather(settings, home, managed=())
+    assert (without.metrics, without.profile) == (None, None)
+    assert [answer.status for answer in without.answers] == [200, 200]

@@ -6,12 +6,12 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from bridge import cli, config, service, units
+from bridge import cli, config, service, tokens, units
 from bridge.control import Host, ServiceError
 from bridge.service import addresses, stable_command, variables_of
 from tests.daemon import Daemon
@@ -117,6 +117,30 @@ def test_dry_run_prints_the_files_and_does_nothing(machine: Machine, capsys: Cap
     said = capsys.readouterr().out
     assert f"# {machine.units / units.SOCKET}\n# {units.MARKER}" in said
     assert "[Service]" in said
+
+
+def test_no_secret_gets_into_a_unit_file(machine: Machine, capsys: Capture) -> None:
+    secret = "x" * 40
+    host = replace(machine, environment={"BRIDGE_TOKEN": secret})
+    assert host.do("install") == os.EX_CONFIG
+    assert "put the tokens into token_file" in capsys.readouterr().err
+    assert not machine.units.exists()
+    assert host.do("install", "--dry-run") == 0
+    assert secret not in capsys.readouterr().out
+
+
+def test_beyond_loopback_a_service_needs_a_token(machine: Machine, capsys: Capture) -> None:
+    assert machine.daemon is not None
+    flags = {"listen": ["0.0.0.0:4318"], "state_dir": str(machine.daemon.state_dir)}
+    options = cli.parser().parse_args(["install"])
+    assert service.main(options, config.load("", {}, flags, ""), flags, machine) == os.EX_CONFIG
+    error = capsys.readouterr().err
+    assert "0.0.0.0:4318 is beyond loopback" in error
+    assert "claude-otel-bridge token NAME" in error
+    assert not machine.units.exists()
+    tokens.make(machine.daemon.state_dir / "tokens", "alice")
+    service.require_tokens(service.service_of(machine, config.load("", {}, flags, ""), {}, system=False),
+                           config.load("", {}, flags, ""), machine)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [units.SOCKET, units.SERVICE])

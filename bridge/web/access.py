@@ -11,6 +11,7 @@ import ipaddress
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 from bridge.config import Config
@@ -149,6 +150,7 @@ class Access:
         return peer
 
 
+@lru_cache(1024)
 def is_loopback(address: str) -> bool:
     """Whether an address is one of this machine's own, which nobody else can reach."""
     try:
