@@ -51,11 +51,13 @@ _RECORD = msgspec.json.Decoder(_Record)
 
 def disjoint(prompt: int, cached: int, output: int, thoughts: int, tool: int) -> tuple[int, int, int] | Drop:
     """Input, output and cache read of a request. `prompt` holds what was cached, but not what tools added to it."""
-    counts = prompt, cached, output, thoughts, tool
-    if min(counts) < 0:
-        return Drop.NEGATIVE
-    if max(counts) > MAX_COUNT:
-        return Drop.IMPLAUSIBLE
+    # One look for the usual case: a sign or a high bit of any count is in their union as well.
+    if not 0 <= prompt | cached | output | thoughts | tool <= MAX_COUNT:
+        counts = prompt, cached, output, thoughts, tool
+        if min(counts) < 0:
+            return Drop.NEGATIVE
+        if max(counts) > MAX_COUNT:
+            return Drop.IMPLAUSIBLE
     return max(0, prompt - cached) + tool, output + thoughts, min(cached, prompt)
 
 
@@ -73,6 +75,7 @@ class Chat:
         self._parent = folder.rpartition("/")[2]
         self._order = order
         self._is_document = path.endswith(".json")
+        self._last: tuple[object, ...] = ()
         self._session: str
         self._lines: int
         self._session, self._lines = json.loads(state) if state else ("", 0)
@@ -100,11 +103,11 @@ class Chat:
         for message in messages:
             if message is None or not isinstance(message.tokens, dict):
                 continue
-            counts = [number_of(message.tokens.get(name) or 0) for name in _COUNTS]
-            if any(count is None or not count.is_integer() for count in counts):
-                yield Drop.MALFORMED
-                continue
-            tokens = disjoint(*(int(count or 0) for count in counts))
+            said = message.id, message.timestamp, message.model, message.tokens
+            if said == self._last:
+                continue  # its tool calls were added
+            self._last = said
+            tokens = _tokens(message.tokens)
             yield tokens if isinstance(tokens, Drop) else self._usage(message, *tokens)
 
     def _usage(self, message: _Message, new: int, output: int, read: int) -> Usage:
@@ -127,6 +130,20 @@ class Chat:
             project=self._project,
             revision=self._lines,
         )
+
+
+def _tokens(said: dict[str, object]) -> tuple[int, int, int] | Drop:
+    """The counts of a message; what is not there counts nothing."""
+    counts: list[int] = []
+    for name in _COUNTS:
+        count = said.get(name) or 0
+        if type(count) is not int:
+            number = number_of(count)
+            if number is None or not number.is_integer():
+                return Drop.MALFORMED
+            count = int(number)
+        counts.append(count)
+    return disjoint(*counts)
 
 
 def _decode(line: bytes) -> _Record:

@@ -1,6 +1,7 @@
 """The first look at a large tree of transcripts: the bridge and ccusage on the same files, in alternating order.
 
     python -m tests.bench.backfill [--files 2000] [--megabytes 1000 4000] [--runs 3] [--ccusage PATH] [--tree DIRECTORY]
+    python -m tests.bench.backfill --tool gemini_cli [--files 800] [--megabytes 1300] ...
 
 The trees and the states lie in a temporary directory unless DIRECTORY is given, where the trees are kept for next time.
 The bridge's time runs from the start of the process until its log says that history is read; CPU and memory are those
@@ -30,6 +31,7 @@ from bridge.store import Store
 from bridge.tools import known
 from bridge.tools.claude_code_lines import TRANSCRIPTS
 from bridge.usage import UsageBooks
+from tests import gemini_tree
 from tests.daemon import Daemon
 from tests.transcript_tree import START_MS, list_price, write_tree
 
@@ -65,6 +67,20 @@ def make_tree(directory: Path, files: int, size: int) -> Sums:
     return Sums(found, cost)
 
 
+def make_chats(directory: Path, files: int, size: int) -> Sums:
+    """The same of Gemini CLI's chats; nobody says what they cost."""
+    truth = directory / "truth.json"
+    if not truth.exists():
+        tokens: dict[str, Counter[str]] = {}
+        for one in gemini_tree.write_store(directory / ".gemini" / "tmp", files=files, size=size):
+            counts = {"input": one.input, "output": one.output, "read": one.read, "write_5m": 0, "write_1h": 0}
+            sums = tokens.setdefault(one.model, Counter(dict.fromkeys((*counts, "requests"), 0)))
+            sums.update({**counts, "requests": 1})
+        truth.write_text(json.dumps([tokens, 0]))
+    found, cost = json.loads(truth.read_text())
+    return Sums(found, cost)
+
+
 def stored(database: Path) -> Sums:
     connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
     sql = (
@@ -77,9 +93,9 @@ def stored(database: Path) -> Sums:
     return Sums({row[0]: dict(zip(names, row[1:7], strict=True)) for row in rows}, sum(row[7] for row in rows))
 
 
-def run_bridge(tree: Path, truth: Sums) -> Run:
+def run_bridge(tree: Path, truth: Sums, variable: str = "CLAUDE_CONFIG_DIR") -> Run:
     with tempfile.TemporaryDirectory() as directory:
-        daemon = Daemon(Path(directory), env={"CLAUDE_CONFIG_DIR": str(tree), "PYTHONWARNINGS": ""})
+        daemon = Daemon(Path(directory), env={variable: str(tree), "PYTHONWARNINGS": ""})
         began = time.perf_counter()
         daemon.spawn()
         assert daemon.process is not None
@@ -94,7 +110,7 @@ def run_bridge(tree: Path, truth: Sums) -> Run:
         cpu = sum(map(int, fields[11:15])) / TICKS  # with the processes that it had and that have ended
         daemon.stop()
         found = stored(daemon.state_dir / "state.db")
-        if found != truth:
+        if found.tokens != truth.tokens or truth.cost not in (0, found.cost):
             raise SystemExit(f"stored {found}\n truth {truth}")
         return Run(wall, cpu, peak / 1000)
 
@@ -184,16 +200,31 @@ def main() -> None:
     parser.add_argument("--ccusage", default=shutil.which("ccusage"), help="its program; npm install ccusage@20.0.24")
     parser.add_argument("--tree", type=Path, help="keep the trees below this directory")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--tool", choices=("claude_code", "gemini_cli"), default="claude_code")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         for megabytes in options.megabytes:
             tree = (options.tree or Path(directory)).resolve() / f"{options.files}-{megabytes}"
             tree.mkdir(parents=True, exist_ok=True)
+            if options.tool == "gemini_cli":
+                measure_chats(tree, make_chats(tree, options.files, megabytes * 10**6), options.runs)
+                continue
             truth = make_tree(tree, options.files, megabytes * 10**6)
             if options.profile:
                 profile(tree)
             else:
                 compare(tree, truth, options.ccusage, options.runs)
+
+
+def measure_chats(tree: Path, truth: Sums, runs: int) -> None:
+    paths = list((tree / ".gemini").rglob("*.json*"))
+    size = sum(path.stat().st_size for path in paths) / 1e9
+    run = best([run_bridge(tree, truth, "GEMINI_CLI_HOME") for _ in range(runs)])
+    requests = sum(counts["requests"] for counts in truth.tokens.values())
+    sys.stdout.write(
+        f"{len(paths)} files, {size:.3f} GB, {requests} requests; best of {runs} runs\n"
+        f"wall {run.wall:.2f} s, CPU {run.cpu:.2f} s, {run.cpu / size:.2f} CPU-s/GB, peak {run.memory:.0f} MB\n"
+    )
 
 
 def compare(tree: Path, truth: Sums, ccusage: str | None, runs: int) -> None:
