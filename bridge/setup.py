@@ -132,7 +132,8 @@ def target(tool: str, environment: Mapping[str, str], address: str, statusline: 
                 ("telemetry", "otlpProtocol"): ("http", "the bridge speaks HTTP, not gRPC"),
                 ("telemetry", "logPrompts"): (False, "the default sends your prompts along"),
             }
-            return Target("Gemini CLI", home(environment) / ".gemini" / "settings.json", JSON, wanted, address)
+            place = Path(environment.get("GEMINI_CLI_HOME") or home(environment))
+            return Target("Gemini CLI", place / ".gemini" / "settings.json", JSON, wanted, address)
 
 
 def _place(variable: str, usual: str, environment: Mapping[str, str]) -> Path:

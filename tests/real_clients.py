@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from bridge import setup
 from tests.model_apis import Billed, ModelAPIs, model_apis
 
 DIRECTORY = Path(__file__).parent / "recorded_clients"
@@ -48,21 +49,14 @@ def run_gemini(program: str, home: Path, apis: ModelAPIs, endpoint: str) -> None
     """Two questions to Gemini CLI, of which each has it call a tool; its telemetry goes to `endpoint`."""
     place = home / "project"
     place.mkdir(parents=True, exist_ok=True)
-    telemetry = {
-        "enabled": True,
-        "target": "local",
-        "otlpEndpoint": endpoint,
-        "otlpProtocol": "http",
-        "logPrompts": False,
-    }
     settings = {
-        "telemetry": telemetry,
         "security": {"auth": {"selectedType": "gemini-api-key"}},
         "general": {"enableAutoUpdate": False},
         "privacy": {"usageStatisticsEnabled": False},
     }
     (home / ".gemini").mkdir(exist_ok=True)
     (home / ".gemini" / "settings.json").write_text(json.dumps(settings))
+    setup.run("gemini", "write", endpoint, {"HOME": str(home)})
     environment = {
         "PATH": os.environ["PATH"], "HOME": str(home), "GEMINI_API_KEY": "none", "NO_COLOR": "1",
         "GOOGLE_GEMINI_BASE_URL": apis.url, "GEMINI_CLI_TRUST_WORKSPACE": "true",

@@ -494,6 +494,10 @@ def test_codex_home_is_honoured(tmp_path: Path) -> None:
     assert setup.target("codex", {"CODEX_HOME": "/c"}, ENDPOINT).file == Path("/c/config.toml")
 
 
+def test_the_home_of_gemini_is_honoured() -> None:
+    assert setup.target("gemini", {"GEMINI_CLI_HOME": "/g"}, ENDPOINT).file == Path("/g/.gemini/settings.json")
+
+
 def test_gemini(tmp_path: Path) -> None:
     file = tmp_path / ".gemini" / "settings.json"
     file.parent.mkdir()
