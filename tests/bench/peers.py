@@ -175,7 +175,9 @@ def prometheus() -> Peer:
 
     def launch(directory: Path) -> Launch:
         port = free_port()
-        (directory / "prometheus.yml").write_text("{}")
+        # Sessions share target_info, so its samples come out of order; Prometheus recommends the window for OTLP.
+        config = {"storage": {"tsdb": {"out_of_order_time_window": "30m"}}}
+        (directory / "prometheus.yml").write_text(json.dumps(config))
         command = [
             str(program), f"--config.file={directory / 'prometheus.yml'}", f"--web.listen-address=127.0.0.1:{port}",
             f"--storage.tsdb.path={directory / 'data'}", "--web.enable-otlp-receiver",
