@@ -2,9 +2,10 @@
 
     python -m tests.bench [PART ...] [--peers bridge,collector] [--repeat 3] [--output DIRECTORY] [--quick]
 
-Parts: ingest, formats, slow-disk, series, visible, idle, start, steady, truth; all of them by default, about half an hour with
-all peers. Peers that cannot be built here are left out and named. The results go to `bench.md` and `bench.json` in
-DIRECTORY, which is the cache of the peers by default; parts measured before stay in it until they are measured again.
+Parts: ingest, formats, slow-disk, series, visible, idle, start, steady, truth; all of them by default, which takes
+about half an hour with all peers. Peers that cannot be built here are left out and named. The results go to
+`bench.md` and `bench.json` in DIRECTORY, which is the cache of the peers by default; parts measured before stay in
+them until they are measured again.
 """
 
 import argparse
