@@ -43,7 +43,7 @@ class Options(NamedTuple):
     """How much is measured."""
 
     repeat: int = 3
-    requests: int = 1280
+    requests: int = 960
     connections: tuple[int, ...] = (1, 16, 64)
     sessions: tuple[int, ...] = (34, 334, 3334)
     steady_sessions: int = 1000
@@ -191,19 +191,18 @@ def truth(peers: Sequence[Peer], options: Options, results: Results) -> None:
     """What is shown after all exports were answered, and again after a restart, of what was sent; and the disk."""
     exports = 30
     for peer, directory in rounds(peers, 1, "truth"):
-        one = Running(peer, directory).start()
-        before, size = one.usage, _size(directory)
-        load(one, queues_of(one, Encoding.PROTOBUF, 64, exports, 16))
-        sent, points = 64 * exports * TOKEN_POINTS * TOKENS, 64 * exports * POINTS
-        results.add(Row("tokens shown of tokens acknowledged", "%", True), peer, 100 * _settled(one) / sent)
-        written = one.usage.written - before.written
-        one.kill()
-        if peer.is_durable or peer.name == "Prometheus":
-            results.add(Row("written to disk per million points", "MB"), peer, written / points)
-            results.add(Row("kept on disk per million points", "MB"), peer, (_size(directory) - size) / points)
-        one.start()
-        results.add(Row("the same after kill -9 and a restart", "%", True), peer, 100 * _settled(one) / sent)
-        one.stop()
+        with running(peer, directory) as one:
+            before, size = one.usage, _size(directory)
+            load(one, queues_of(one, Encoding.PROTOBUF, 64, exports, 16))
+            sent, points = 64 * exports * TOKEN_POINTS * TOKENS, 64 * exports * POINTS
+            results.add(Row("tokens shown of tokens acknowledged", "%", True), peer, 100 * _settled(one) / sent)
+            written = one.usage.written - before.written
+            one.kill()
+            if peer.is_durable or peer.name == "Prometheus":
+                results.add(Row("written to disk per million points", "MB"), peer, written / points)
+                results.add(Row("kept on disk per million points", "MB"), peer, (_size(directory) - size) / points)
+            one.start()
+            results.add(Row("the same after kill -9 and a restart", "%", True), peer, 100 * _settled(one) / sent)
 
 
 def _settled(one: Running) -> float:
@@ -322,13 +321,12 @@ def start(peers: Sequence[Peer], options: Options, results: Results) -> None:
             results.add(Row("start to first scrape", "ms"), peer, one.start_seconds * 1e3)
     keepers = [peer for peer in peers if peer.name in ("bridge", "Prometheus")]
     for peer, directory in rounds(keepers, 1, "start with 100,000 series"):
-        one = Running(peer, directory).start()
-        load(one, queues_of(one, Encoding.PROTOBUF, 3334, 1, 16))
-        one.stop()
-        for _ in range(options.repeat):
-            one.start()
-            results.add(Row("start with 100,000 series of state", "ms"), peer, one.start_seconds * 1e3)
-            one.stop()
+        with running(peer, directory) as one:
+            load(one, queues_of(one, Encoding.PROTOBUF, 3334, 1, 16))
+            for _ in range(options.repeat):
+                one.stop()
+                one.start()
+                results.add(Row("start with 100,000 series of state", "ms"), peer, one.start_seconds * 1e3)
 
 
 def steady(peers: Sequence[Peer], options: Options, results: Results) -> None:
