@@ -192,7 +192,7 @@ def truth(peers: Sequence[Peer], options: Options, results: Results) -> None:
     exports = 30
     for peer, directory in rounds(peers, 1, "truth"):
         with running(peer, directory) as one:
-            before, size = one.usage, _size(directory)
+            before = one.usage
             load(one, queues_of(one, Encoding.PROTOBUF, 64, exports, 16))
             sent, points = 64 * exports * TOKEN_POINTS * TOKENS, 64 * exports * POINTS
             results.add(Row("tokens shown of tokens acknowledged", "%", True), peer, 100 * _settled(one) / sent)
@@ -200,7 +200,6 @@ def truth(peers: Sequence[Peer], options: Options, results: Results) -> None:
             one.kill()
             if peer.is_durable or peer.name == "Prometheus":
                 results.add(Row("written to disk per million points", "MB"), peer, written / points)
-                results.add(Row("kept on disk per million points", "MB"), peer, (_size(directory) - size) / points)
             one.start()
             results.add(Row("the same after kill -9 and a restart", "%", True), peer, 100 * _settled(one) / sent)
 
@@ -214,10 +213,6 @@ def _settled(one: Running) -> float:
         if (now := _tokens(one)) != shown:
             shown, since = now, time.monotonic()
     return shown
-
-
-def _size(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 _TOKEN_SAMPLE = re.compile(r"^claude_code\S*token\S*?(?:\{.*\})? ([0-9.e+]+)(?: \d+)?$", re.MULTILINE)
