@@ -203,6 +203,7 @@ class Bookkeeper:
         ]  # fmt: skip
         self._metrics = 0
         self._books = _Books()
+        self._repeats: frozenset[Metric] = frozenset()
         self._clear()
 
     def _clear(self) -> None:
@@ -367,6 +368,7 @@ class Bookkeeper:
                 accepted += 1
             else:
                 duplicate += 1
+        self._repeats = request.batch.repeats
         for origin, stream, row, point in posted:
             stream.row = row  # points of one body may move a stream from series to series
             outcome = self._post_point(origin, stream, point)
@@ -404,7 +406,7 @@ class Bookkeeper:
 
     def _count(self, origin: _Origin, stream: _Stream, amount: Value, point: DataPoint) -> None:
         """Add to the series, and to what is joined or shown to XRG."""
-        cell = stream.cell
+        cell = None if self._repeats and point.metric in self._repeats else stream.cell
         if cell is not None and self._settings.source == "transcripts":
             if cell.tool == claude_code.TOOL:  # transcripts feed these
                 return

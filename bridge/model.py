@@ -303,11 +303,15 @@ class Event(Struct, frozen=True):
 
 
 class Batch(NamedTuple):
-    """What one request body holds: the points, the ones refused for what they are, and requests that events tell of."""
+    """What one request body holds: the points, the ones refused for what they are, and requests that events tell of.
+
+    `repeats` are metrics that say again what others of the body say of usage.
+    """
 
     points: list[DataPoint]
     refused: list[Refusal]
     usages: tuple[Usage, ...] = ()
+    repeats: frozenset[Metric] = frozenset()
 
 
 class Receipt(NamedTuple):

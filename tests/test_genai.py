@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from google.protobuf import json_format
+from msgspec.structs import replace as struct_replace
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from bridge.model import Batch, DataPoint, Drop, Event, Histogram, Kind, Metric, Resource, Temporality
+from bridge.model import Batch, DataPoint, Drop, Event, Histogram, Kind, Metric, Resource, Scope, Temporality
 from bridge.otlp import Encoding, decode_traces
 from bridge.tools import genai, known
 from bridge.usage import MAX_TOOLS
@@ -358,6 +359,21 @@ def test_spans_and_metrics_of_the_same_requests_count_once(
                 assert found["cache_read"] == counted[2]
                 # A prompt that is not divided yet is served as input: that stands still until the truth is there.
                 assert found["input"] == (counted[0] if not order or not spans or not points else 150)
+
+    asyncio.run(look())
+
+
+def test_a_histogram_beside_the_counters_that_replace_it_counts_nothing(tmp_path: Path) -> None:
+    """An instrumentation sends both while the conventions change; another scope's histogram is of other requests."""
+    counters = [counter("input_tokens", 150), counter("output_tokens", 10)]
+    other = [struct_replace(point, metric=struct_replace(point.metric, scope=Scope("other"))) for point in METRICS]
+
+    async def look() -> None:
+        async with following(tmp_path / "state") as bridge:
+            for points in ([*METRICS, *counters], [*counters, *METRICS], other):
+                await bridge.tell(known.without_repeats(Batch(points, []), genai.COUNTERS))
+            found = bridge.served("my-app")["gpt-4o"]
+            assert (found["input"], found["output"]) == (300, 20)
 
     asyncio.run(look())
 

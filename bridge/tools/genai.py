@@ -9,7 +9,7 @@ send, checked 2026-11-28. Prompts hold what was read from and written to caches,
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from bridge.model import (
     Attributes,
@@ -67,6 +67,8 @@ _COUNTERS = {
 """As semantic-conventions-genai proposes them."""
 
 
+COUNTERS = b"gen_ai.client.inference.usage."
+"""In every body that holds one of them."""
 QUANTITIES: dict[str, Quantity] = {}
 TOOL = "genai"
 
@@ -75,6 +77,15 @@ def tool_of(service: str) -> str:
     """A service.name as a label value."""
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", service)[:MAX_NAME].strip("_")
     return UNKNOWN if not name or name.startswith("unknown_service") else name
+
+
+def repeats(points: Iterable[DataPoint]) -> frozenset[Metric]:
+    """The histograms beside which the same instrumentation sends the counters that are proposed in their place."""
+    metrics = {point.metric for point in points}
+    counted = {(metric.resource, metric.scope) for metric in metrics if metric.name in _COUNTERS}
+    return frozenset(
+        metric for metric in metrics if metric.name == _TOKEN_USAGE and (metric.resource, metric.scope) in counted
+    )
 
 
 def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:

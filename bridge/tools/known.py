@@ -5,7 +5,7 @@ Law: this is the only list of tools. Each module says what its tool's names mean
 
 from collections.abc import Iterable, Set
 
-from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Refusal, Usage, UsageCell
+from bridge.model import Attributes, Batch, DataPoint, Drop, Event, Kind, Metric, Refusal, Usage, UsageCell
 from bridge.tools import claude_code, claude_code_lines, codex, codex_lines, gemini, gemini_lines, genai
 from bridge.tools.tool import Quantity, Transcripts
 
@@ -56,6 +56,11 @@ def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
         return None
     cell: UsageCell | None = module.usage_cell(metric, attributes)
     return cell
+
+
+def without_repeats(batch: Batch, body: bytes) -> Batch:
+    """A body's points, with the metrics named that say again what others of them say of usage."""
+    return batch._replace(repeats=genai.repeats(batch.points)) if genai.COUNTERS in body else batch
 
 
 def event_keys(denied: Set[str]) -> dict[str, frozenset[str]]:

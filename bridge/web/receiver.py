@@ -186,7 +186,8 @@ class Receiver:
     def _decode(self, body: bytes, encoding: Encoding, signal: Signal) -> Batch | otlp.Records:
         match signal:
             case Signal.METRICS:
-                return otlp.decode_metrics(body, encoding, self._content_keys, self._known)
+                batch = otlp.decode_metrics(body, encoding, self._content_keys, self._known)
+                return known.without_repeats(batch, body)
             case Signal.LOGS:
                 return otlp.decode_logs(body, encoding, self._event_keys, self._content_keys)
             case Signal.TRACES:
