@@ -120,6 +120,10 @@ def test_other_lines_are_passed_over_whatever_their_shape() -> None:
 
 def test_absurd_counts_are_refused() -> None:
     assert disjoint(10**13, 0, 0, 0) is Drop.IMPLAUSIBLE
+    for total, last in ((10**30, 5), (5, 10**30), (5, -(10**30))):
+        reader = TRANSCRIPTS.reader("", 1, b"")
+        assert reader.read(token_count(counts(total), counts(last))) is Drop.IMPLAUSIBLE
+        assert told(TRANSCRIPTS.reader("", 1, reader.state), token_count(counts(7), counts(7)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ subagents has equal counts: the name of a thread alone tells nothing, but where 
 
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from hashlib import blake2b
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -25,6 +26,8 @@ from bridge.tools.tool import Transcripts
 TOOL = "codex"
 
 _Text = Annotated[str, Meta(max_length=MAX_TEXT)] | None
+MAX_TOTAL = 1000 * MAX_COUNT
+"""Tokens that one thread can plausibly add up to."""
 _Counts = tuple[int, int, int, int]
 """Prompt, what of it was read from a cache, what of it was written to one, output: as Codex counts."""
 _Tokens = tuple[int, int, int, int, int]
@@ -121,8 +124,17 @@ class _State(Struct, array_like=True):
     has_records: bool = False
 
 
+class _Place(NamedTuple):
+    """Whose request is told of: a thread's, in which of its turns, and whether that is certainly a copy."""
+
+    scope: str
+    turn: str
+    is_copy: bool
+
+
 _LINE = msgspec.json.Decoder(_Line)
 _KIND = msgspec.json.Decoder(_Kind)
+_ENCODE = msgspec.msgpack.Encoder().encode
 _STATE = msgspec.msgpack.Decoder(_State)
 _ASKED = frozenset({"session_meta", "turn_context", "event_msg", "token_usage_record"})
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -135,14 +147,17 @@ class Rollout:
         self._state = _STATE.decode(state) if state else _State()
         self._order = order
         self._path = path
-        self._gauges: tuple[DataPoint, ...] = ()
+        self._limits: tuple[_RateLimits, str | None] | None = None
 
     @property
     def state(self) -> bytes:
         return msgspec.msgpack.encode(self._state)
 
     def gauges(self) -> tuple[DataPoint, ...]:
-        return self._gauges
+        if self._limits is None:
+            return ()
+        limits, timestamp = self._limits
+        return _gauges(limits, milliseconds(timestamp) or self._order)
 
     def read(self, line: bytes) -> tuple[Usage, ...] | Drop:
         decoded = _decode(line)
@@ -208,18 +223,20 @@ class Rollout:
         state.thread = state.thread or self._thread_of_path()
         scope = payload.thread_id or state.scope or state.thread
         total = payload.thread_token_usage.counts if payload.thread_token_usage is not None else None
-        names = _names(state.thread, scope, payload.turn_id or state.turn, total, counts, scope != state.thread)
-        return self._usage(counts, scope, names, timestamp, payload.response_id or "")
+        turn, response = payload.turn_id or state.turn, payload.response_id or ""
+        return self._usage(counts, total, _Place(scope, turn, scope != state.thread), timestamp, response)
 
     def _count(self, payload: _Payload, timestamp: str | None) -> tuple[Usage, ...] | Drop:
         state, said = self._state, payload.info
         if payload.rate_limits is not None:
-            self._gauges = _gauges(payload.rate_limits, milliseconds(timestamp) or self._order) or self._gauges
+            self._limits = payload.rate_limits, timestamp
         if said is None or state.has_records:
             return ()
         state.thread = state.thread or self._thread_of_path()
         state.scope = state.scope or state.thread
         total = said.total_token_usage.counts if said.total_token_usage is not None else None
+        if total is not None and not _is_plausible(total):
+            return Drop.IMPLAUSIBLE
         before, state.total = state.total, total or state.total
         if total is not None and total == before:
             return ()
@@ -229,26 +246,27 @@ class Rollout:
             counts = _growth(before or _ZERO, total)
         else:
             return ()
-        names = _names(state.thread, state.scope, state.turn, total or timestamp, counts, state.is_copy)
-        return self._usage(counts, state.scope, names, timestamp)
+        return self._usage(counts, total, _Place(state.scope, state.turn, state.is_copy), timestamp)
 
     def _usage(
-        self, counts: _Counts, scope: str, names: _Names, timestamp: str | None, response: str = ""
+        self, counts: _Counts, total: _Counts | None, place: _Place, timestamp: str | None, response: str = ""
     ) -> tuple[Usage, ...] | Drop:
         tokens = disjoint(*counts)
         if isinstance(tokens, Drop):
             return tokens
+        if not _is_plausible(counts) or (total is not None and not _is_plausible(total)):
+            return Drop.IMPLAUSIBLE
         if not any(tokens):
             return ()
         state, time_ms = self._state, milliseconds(timestamp)
-        own, others = names
+        own, others = _names(state.thread, place, total or timestamp, counts)
         if response:
             own, others = (digest(f"response\0{response}"), *own), (own[0], *others)
         usage = Usage(
             TOOL,
             Source.TRANSCRIPT,
             own[0],
-            scope,
+            place.scope,
             state.model,
             self._order if time_ms is None else time_ms,
             *tokens,
@@ -262,22 +280,32 @@ class Rollout:
         return (usage,)
 
 
-def _names(thread: str, scope: str, turn: str, total: object, counts: _Counts, is_copy: bool) -> _Names:
+def _names(thread: str, place: _Place, total: object, counts: _Counts) -> _Names:
     """What a request is called by the turn, by the history that it stands in, and by copies of that history.
 
     Its own thread looks for copies of it, but not in its own history: equal work there has other totals, and where a
     thread is mistaken for another's, equal work of both must not be one.
     """
-    content = f"{total}\0{counts}"
+    by_turn = (_name("turn", place.turn, total, counts),) if place.turn else ()
+    history = _name("history", place.scope, total, counts)
+    copied = _of_copy(history)
+    if not place.is_copy:
+        return (*by_turn, history), (copied,)
+    own = _name("history", thread, total, counts)
+    return (*by_turn, copied, own), (history, copied, _of_copy(own))
 
-    def named(kind: str, name: str) -> bytes:
-        return digest(f"{kind}\0{name}\0{content}")
 
-    by_turn = (named("turn", turn),) if turn else ()
-    if not is_copy:
-        return (*by_turn, named("history", scope)), (named("copy", scope),)
-    own = (*by_turn, named("copy", scope), named("history", thread))
-    return own, (named("history", scope), named("copy", scope), named("copy", thread))
+def _is_plausible(counts: _Counts) -> bool:
+    return min(counts) >= -MAX_TOTAL and max(counts) <= MAX_TOTAL
+
+
+def _name(kind: str, name: str, total: object, counts: _Counts) -> bytes:
+    return blake2b(_ENCODE((kind, name, total, counts)), digest_size=16).digest()
+
+
+def _of_copy(history: bytes) -> bytes:
+    """What copies of a history name what the history itself names so."""
+    return bytes((history[0] ^ 0x80,)) + history[1:]
 
 
 def disjoint(prompt: int, cached: int, written: int, output: int) -> _Tokens | Drop:

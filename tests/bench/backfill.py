@@ -2,6 +2,7 @@
 
     python -m tests.bench.backfill [--files 2000] [--megabytes 1000 4000] [--runs 3] [--ccusage PATH] [--tree DIRECTORY]
     python -m tests.bench.backfill --tool gemini_cli [--files 800] [--megabytes 1300] ...
+    python -m tests.bench.backfill --tool codex [--packed] [--files 300] ...
 
 The trees and the states lie in a temporary directory unless DIRECTORY is given, where the trees are kept for next time.
 The bridge's time runs from the start of the process until its log says that history is read; CPU and memory are those
@@ -31,9 +32,14 @@ from bridge.store import Store
 from bridge.tools import known
 from bridge.tools.claude_code_lines import TRANSCRIPTS
 from bridge.usage import UsageBooks
-from tests import gemini_tree
+from tests import codex_tree, gemini_tree
 from tests.daemon import Daemon
 from tests.transcript_tree import START_MS, list_price, write_tree
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -79,6 +85,26 @@ def make_chats(directory: Path, files: int, size: int) -> Sums:
         truth.write_text(json.dumps([tokens, 0]))
     found, cost = json.loads(truth.read_text())
     return Sums(found, cost)
+
+
+def make_rollouts(directory: Path, files: int, size: int) -> Sums:
+    """The same of Codex's rollouts."""
+    truth = directory / "truth.json"
+    if not truth.exists():
+        made = codex_tree.write_store(directory, files, size)
+        for counts in made.values():
+            counts["write_5m"] = counts.pop("written")
+            counts["write_1h"] = 0
+        truth.write_text(json.dumps([made, 0]))
+    found, cost = json.loads(truth.read_text())
+    return Sums(found, cost)
+
+
+def pack(tree: Path) -> None:
+    """Pack all rollouts that are not packed yet, as Codex does it."""
+    for path in sorted(tree.rglob("*.jsonl")):
+        path.with_name(f"{path.name}.zst").write_bytes(zstd.compress(path.read_bytes()))
+        path.unlink()
 
 
 def stored(database: Path) -> Sums:
@@ -200,14 +226,22 @@ def main() -> None:
     parser.add_argument("--ccusage", default=shutil.which("ccusage"), help="its program; npm install ccusage@20.0.24")
     parser.add_argument("--tree", type=Path, help="keep the trees below this directory")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--tool", choices=("claude_code", "gemini_cli"), default="claude_code")
+    parser.add_argument("--tool", choices=("claude_code", "gemini_cli", "codex"), default="claude_code")
+    parser.add_argument("--packed", action="store_true", help="pack the rollouts of Codex")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         for megabytes in options.megabytes:
             tree = (options.tree or Path(directory)).resolve() / f"{options.files}-{megabytes}"
             tree.mkdir(parents=True, exist_ok=True)
             if options.tool == "gemini_cli":
-                measure_chats(tree, make_chats(tree, options.files, megabytes * 10**6), options.runs)
+                truth = make_chats(tree, options.files, megabytes * 10**6)
+                measure(tree, [*(tree / ".gemini").rglob("*.json*")], truth, "GEMINI_CLI_HOME", options.runs)
+                continue
+            if options.tool == "codex":
+                truth = make_rollouts(tree, options.files, megabytes * 10**6)
+                if options.packed:
+                    pack(tree)
+                measure(tree, [*tree.rglob("rollout-*")], truth, "CODEX_HOME", options.runs)
                 continue
             truth = make_tree(tree, options.files, megabytes * 10**6)
             if options.profile:
@@ -216,10 +250,9 @@ def main() -> None:
                 compare(tree, truth, options.ccusage, options.runs)
 
 
-def measure_chats(tree: Path, truth: Sums, runs: int) -> None:
-    paths = list((tree / ".gemini").rglob("*.json*"))
+def measure(tree: Path, paths: list[Path], truth: Sums, variable: str, runs: int) -> None:
     size = sum(path.stat().st_size for path in paths) / 1e9
-    run = best([run_bridge(tree, truth, "GEMINI_CLI_HOME") for _ in range(runs)])
+    run = best([run_bridge(tree, truth, variable) for _ in range(runs)])
     requests = sum(counts["requests"] for counts in truth.tokens.values())
     sys.stdout.write(
         f"{len(paths)} files, {size:.3f} GB, {requests} requests; best of {runs} runs\n"
