@@ -99,6 +99,7 @@ class Ledger:
             normalise,
             known.REPORTING,
             followed=frozenset(known.TRANSCRIPTS),
+            asked=known.ASKED,
             hides_sessions=settings.hides_sessions,
         )
         self._settings = settings

@@ -107,6 +107,7 @@ class UsageBooks:
 
     `reporting` are the tools whose metrics tell of cost; what the metrics of others are worth is estimated.
     `followed` are those whose transcripts are read, all without it; of others one source alone tells of each request.
+    `asked` are those whose transcripts know which model was asked, and events which answered.
     `hides_sessions`: requests' sessions are stored as what the metrics' decoder makes of a denied attribute.
     """
 
@@ -118,6 +119,7 @@ class UsageBooks:
         reporting: Set[str],
         *,
         followed: Set[str] | None = None,
+        asked: Set[str] = frozenset(),
         hides_sessions: bool = False,
     ) -> None:
         self._store = UsageStore(store)
@@ -125,6 +127,7 @@ class UsageBooks:
         self._normalise = normalise
         self._reporting = reporting
         self._followed = followed
+        self._asked = asked
         self._hides_sessions = hides_sessions
         self._recent: dict[bytes, None] = {}
         self._models: dict[tuple[str, str], ModelRow] = {}
@@ -363,8 +366,8 @@ class UsageBooks:
         for seed in seeds:
             if not self._is_united(seed):
                 groups.setdefault((seed.id,), [seed])
-            elif _group_key(seed) not in groups:
-                groups[_group_key(seed)] = self._store.group(seed)
+            elif self._group_key(seed) not in groups:
+                groups[self._group_key(seed)] = self._group(seed)
         olds = {found.id: found for members in groups.values() for found in members}
         olds[row.id] = before if before is not None else row
         for members in groups.values():
@@ -376,6 +379,18 @@ class UsageBooks:
         for state in changed:
             is_new = state.id == row.id and before is None
             self._book(None if is_new else olds[state.id], state)
+
+    def _group_key(self, row: UsageRow) -> tuple[int, ...]:
+        model = 0 if self._tools[row.model] in self._asked else row.model
+        return row.session, model, row.input, row.cache_read, row.cache_write_5m + row.cache_write_1h
+
+    def _group(self, row: UsageRow) -> list[UsageRow]:
+        """The rows that a row may be the same request as; of any model where transcripts do not know which answered."""
+        tool = self._tools[row.model]
+        if tool not in self._asked:
+            return self._store.group(row)
+        models = [model.id for model in self._models.values() if model.tool == tool]
+        return [found for model in models for found in self._store.group(row._replace(model=model))]
 
     def _is_united(self, row: UsageRow) -> bool:
         """Whether a row may be the same request as one of another source."""
@@ -618,10 +633,6 @@ def _rank(row: UsageRow) -> tuple[int, int, int, int]:
     """Which of two lines of one response stands: the later revision, then the larger output, the original, the older
     file's."""
     return row.revision, row.output, -row.is_sidechain, -row.origin
-
-
-def _group_key(row: UsageRow) -> tuple[int, ...]:
-    return row.session, row.model, row.input, row.cache_read, row.cache_write_5m + row.cache_write_1h
 
 
 def _judged(row: UsageRow, verdict: Verdict) -> UsageRow:

@@ -1,6 +1,7 @@
 """Gemini CLI's telemetry: what its metrics and events mean, alone and together with its chats."""
 
 import asyncio
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
@@ -64,6 +65,32 @@ def test_each_source_alone_and_all_together_say_the_same(tmp_path: Path, sources
             served = bridge.served(TOOL)
             found = {model: {k: v for k, v in counts.items() if k != "requests"} for model, counts in served.items()}
             assert found == TRUTH
+
+    asyncio.run(tell())
+
+
+def test_a_chat_knows_the_model_that_was_asked_and_the_event_the_one_that_answered(tmp_path: Path) -> None:
+    roots = [tmp_path / "first", tmp_path / "second"]
+    for root in roots:
+        root.mkdir()
+
+    async def tell() -> None:
+        for order, root in enumerate(roots):
+            async with following(tmp_path / f"state-{order}", {str(root): TRANSCRIPTS}) as bridge:
+                for turn in (order, 1 - order):
+                    if turn:
+                        await bridge.tell_events([api_response()])
+                        await bridge.tell(Batch(points(Temporality.CUMULATIVE, EXPORT), []))
+                    else:
+                        said = message("m", 1, tokens(1000, 50, 600, 70, 9), "gemini-flash-latest")
+                        Step(path_of("s"), lines(members("s"), said)).do(root)
+                        await bridge.until_read()
+                counted = {("s", FLASH): Counter({"requests": 1, "input": 409, "output": 120, "read": 600})}
+                assert await bridge.requests() == counted
+                if order:  # else the other name was served before
+                    served = bridge.served(TOOL)
+                    assert {kind: served[FLASH][kind] for kind in TRUTH[FLASH]} == TRUTH[FLASH]
+                    assert "gemini-flash-latest" not in served
 
     asyncio.run(tell())
 

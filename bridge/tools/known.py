@@ -17,6 +17,8 @@ TRANSCRIPTS: dict[str, Transcripts] = {
 """By tool, in the order in which they are looked at."""
 REPORTING = frozenset({claude_code.TOOL})
 """Tools whose metrics tell of cost."""
+ASKED = frozenset({gemini_lines.TOOL})
+"""Tools whose transcripts know which model was asked, and events which one answered."""
 EVENT_KEYS = {**claude_code.EVENT_KEYS, **codex.EVENT_KEYS, **gemini.EVENT_KEYS, **genai.EVENT_KEYS}
 """The events that are asked for anything, and the attributes of them that may leave the decoder."""
 SESSION_KEYS = frozenset({"session.id", "conversation.id", "gen_ai.conversation.id"})
