@@ -528,12 +528,13 @@ class UsageBooks:
         self._store.write_cells((*key, self._cells[key]) for key in self._dirty_cells)
         self._store.write_truths((model, self._truths[model]) for model in self._dirty_truths)
         self._store.add_to_rollups((key, _as_sums(sums)) for key, sums in self._rollups.items() if any(sums))
-        for (session, model), changes in self._beyond.items():
-            booked = settle(self._store.metric_rollups(session, model), changes)
-            keys = [RollupKey(quarter, model, session, 0, 0, METRICS) for quarter in booked]
-            self._store.add_to_rollups(zip(keys, map(_sums_of, booked.values()), strict=True))
-            if any(min(*part.tokens, part.cost, part.unpriced) < 0 for part in booked.values()):
-                self._store.forget_empty_rollups(keys)
+        booked = [
+            (RollupKey(quarter, model, session, 0, 0, METRICS), _sums_of(part))
+            for (session, model), changes in self._beyond.items()
+            for quarter, part in settle(self._store.metric_rollups(session, model), changes).items()
+        ]
+        self._store.add_to_rollups(booked)
+        self._store.forget_empty_rollups(key for key, sums in booked if min(sums) < 0)
 
     def _truth_of(self, tools: set[str]) -> dict[tuple[str, str], int]:
         """The truth of whole tools, by (tool, kind)."""
