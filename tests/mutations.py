@@ -29,12 +29,14 @@ CHAIN = 6
 """Changes of one recorded request before the next one is taken."""
 MAX_BODY = 256 * 2**10
 """A body of more bytes ends its chain: doubled again and again it would be larger than a receiver takes."""
+SHARES = {"/v1/metrics": 6, "/v1/logs": 2, "/v1/traces": 2}
+"""Of ten mutants so many of each signal, however many of its requests were recorded."""
 MEMBERS = 4
 """Members that are left of each list of a recorded request, but in one chain of twenty."""
 SLOW_SECONDS = 1.0
 
 
-SPAN_KEYS = frozenset({"model", "session.id", "duration_ms", "input_tokens", "tool_name"})
+SPAN_KEYS = tools.span_keys(frozenset())
 
 
 class Mutant(NamedTuple):
@@ -58,6 +60,7 @@ VALUES: list[Any] = [
     "claude_code.api_request", "session.id", "service.name", "__proto__", [], {}, [[]], [{}], {"": {}}, [None],
     {"stringValue": None}, {"intValue": "1"}, {"doubleValue": "NaN"}, {"arrayValue": {"values": [{}] * 50}},
     {"kvlistValue": {"values": [{"key": "prompt", "value": {"stringValue": "x"}}]}}, {"bytesValue": "=="},
+    *sorted(SPAN_KEYS),
 ]  # fmt: skip
 PIECES = [
     b"", b"\0", b"\xff" * 4, b"\xff" * 11, b"\x0a\x00" * 40, b"{}", b"[]", b"[" * 2000, b'{"a":' * 500, b'"', b"\\",
@@ -70,7 +73,8 @@ def mutants(seed: int) -> Iterator[Mutant]:
     """Mutants for ever."""
     chance = random.Random(seed)
     while True:
-        recorded = chance.choice(ALL_REQUESTS)
+        (path,) = chance.choices([*SHARES], [*SHARES.values()])
+        recorded = chance.choice([request for request in ALL_REQUESTS if request.path == path])
         most = 1000 if chance.random() < 0.05 else MEMBERS
         if chance.random() < 0.5 and recorded.content_type == Encoding.JSON.value:
             root = msgspec.json.decode(recorded.decoded)
@@ -217,7 +221,17 @@ _FIELD_VALUES: dict[int, list[Any]] = {
     FieldDescriptor.CPPTYPE_FLOAT: _DOUBLES,
     FieldDescriptor.CPPTYPE_BOOL: [True, False],
     FieldDescriptor.CPPTYPE_ENUM: [0, 1, 2, 7],
-    FieldDescriptor.CPPTYPE_STRING: ["", "\0", "\n", "é", "x" * 70_000, "event.name", "api_request", "session.id"],
+    FieldDescriptor.CPPTYPE_STRING: [
+        "",
+        "\0",
+        "\n",
+        "é",
+        "x" * 70_000,
+        "event.name",
+        "api_request",
+        "session.id",
+        *sorted(SPAN_KEYS),
+    ],
 }
 
 
@@ -256,7 +270,10 @@ def attempt(mutant: Mutant, known: otlp.Known | None = None) -> str:
                 usages, points, refused = tools.read_events(records.events)
                 _check_batch(Batch(points, refused, tuple(usages)))
             case _:
-                _check_records(otlp.decode_traces(body, encoding, SPAN_KEYS), SPAN_KEYS)
+                records = otlp.decode_traces(body, encoding, SPAN_KEYS)
+                _check_records(records, SPAN_KEYS)
+                usages, refused = tools.read_spans(records.events)
+                _check_batch(Batch([], refused, tuple(usages)))
     except DecodeError:
         return "refused"
     except TooLarge:
