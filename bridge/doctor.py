@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,7 +28,7 @@ from bridge.daemon import default_state_dir
 from bridge.listeners import own_certificate, split_address
 from bridge.model import DROP_TEXT, Drop
 from bridge.store import Inspection, StoreUnavailable
-from bridge.tools import claude_code
+from bridge.tools import claude_code, known
 from bridge.web.access import is_loopback
 from bridge.web.metrics import INSTANCE_HEADER
 
@@ -113,6 +113,8 @@ class Evidence:
     layers: tuple[Layer, ...]
     transcripts: Transcripts
     xrg_endpoint: str
+    others: tuple[tuple[str, Transcripts], ...] = ()
+    """What other tools wrote, by tool."""
 
 
 def run(config: Config, environment: Mapping[str, str], *, as_json: bool) -> tuple[str, int]:
@@ -130,6 +132,7 @@ def examine(found: Evidence) -> list[Finding]:
         *check_database(found.inspection),
         *check_claude(found.layers, found.endpoint),
         *check_transcripts(found.transcripts, found.metrics, found.now),
+        *check_others(found.others, found.metrics, found.now),
         *check_xrg_endpoint(found.xrg_endpoint, found.endpoint),
     ]
     if found.metrics is not None:
@@ -420,6 +423,22 @@ def check_transcripts(transcripts: Transcripts, metrics: Metrics | None, now: fl
         yield Finding(Status.WARN, "exports", what, "start its sessions anew: they keep the settings they began with")
 
 
+def check_others(others: tuple[tuple[str, Transcripts], ...], metrics: Metrics | None, now: float) -> Iterator[Finding]:
+    """Which other tools were used; their transcripts suffice, and exports tell more."""
+    samples = (metrics or {}).get("bridge_last_export_timestamp_seconds", [])
+    exporting = {labels["tool"] for labels, _ in samples}
+    for tool, (root, count, newest) in others:
+        title, name = _OTHERS[tool]
+        told = f"{title}: {count} under {root}, the newest {_ago(now, newest)}"
+        if metrics is not None and tool not in exporting:
+            told += f"; it exports nothing here, which `claude-otel-bridge setup {name}` changes"
+        yield Finding(Status.OK, "transcripts", told)
+
+
+_OTHERS = {"codex": ("Codex", "codex"), "gemini_cli": ("Gemini CLI", "gemini")}
+"""Title, and what `setup` calls it."""
+
+
 def check_profile(profile: str) -> Iterator[Finding]:
     tokens, cost, missing = xrg_reading(profile)
     if missing:
@@ -517,6 +536,7 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
         ),
         transcripts=_transcripts(claude_home / "projects"),
         xrg_endpoint=_xrg_endpoint(sys.platform, home),
+        others=tuple(_others(environment, home)),
     )
 
 
@@ -637,16 +657,27 @@ def _layer(path: Path, *, is_managed: bool = False) -> Layer:
     return Layer(str(path), {name: str(value) for name, value in variables.items()}, "", is_managed)
 
 
-def _transcripts(root: Path) -> Transcripts:
+def _transcripts(root: Path, holds: Callable[[str], bool] = known.TRANSCRIPTS[claude_code.TOOL].holds) -> Transcripts:
     count, newest = 0, 0.0
     with contextlib.suppress(OSError):
-        for path in root.rglob("*.jsonl"):
+        for path in root.rglob("*.json*"):
+            if not holds(str(path)):
+                continue
             with contextlib.suppress(OSError):
                 newest = max(newest, path.stat().st_mtime)
                 count += 1
             if count >= MAX_TRANSCRIPTS:
                 break
     return Transcripts(root, count, newest)
+
+
+def _others(environment: Mapping[str, str], home: Path) -> Iterator[tuple[str, Transcripts]]:
+    for tool in _OTHERS:
+        kind = known.TRANSCRIPTS[tool]
+        for root in kind.roots(environment, str(home)):
+            found = _transcripts(Path(root), kind.holds)
+            if found.files:
+                yield tool, found
 
 
 def _xrg_endpoint(platform: str, home: Path) -> str:

@@ -360,6 +360,18 @@ def test_claude_code_was_used_without_exports() -> None:
     assert f(NOW - 9_999, exports(0)) == [(OK, "transcripts")]
 
 
+def test_other_tools_are_named_with_what_they_do_not_tell(tmp_path: Path) -> None:
+    file = tmp_path / "sessions" / "2026" / "rollout-1.jsonl.zst"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    others = tuple(doctor._others({"CODEX_HOME": str(tmp_path)}, tmp_path / "home"))
+    assert [(tool, found.root, found.files) for tool, found in others] == [("codex", tmp_path / "sessions", 1)]
+    exporting: doctor.Metrics = {"bridge_last_export_timestamp_seconds": [({"tool": "codex", "signal": "logs"}, NOW)]}
+    texts = [next(doctor.check_others(others, metrics, time.time())).what for metrics in ({}, exporting)]
+    assert texts[0].startswith(f"Codex: 1 under {tmp_path}/sessions, the newest")
+    assert ["setup codex" in text for text in texts] == [True, False]
+
+
 def test_transcripts_are_found(tmp_path: Path) -> None:
     (tmp_path / "-home-me" / "sub").mkdir(parents=True)
     (tmp_path / "-home-me" / "a.jsonl").touch()
