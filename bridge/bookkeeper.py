@@ -330,7 +330,9 @@ class Bookkeeper:
         return list(extended.values())
 
     def _post(self, request: Post) -> Receipt:
-        points, refused = request.batch.points, list(request.batch.refused)
+        # What transcripts told of limits before the first look is not how they stand now.
+        points = () if request.is_history else request.batch.points
+        refused = list(request.batch.refused)
         metric: Metric | None = None
         origin: _Origin | Drop
         posted: list[tuple[_Origin, _Stream, StreamRow, DataPoint]] = []

@@ -5,6 +5,7 @@ wrote (names of projects, sessions, models) cannot steer a terminal or a spreads
 """
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -55,7 +56,7 @@ def text(report: Report, scope: Scope, width: int) -> str:
     title = f"Usage {TITLES[report.kind]} · {_scope(scope)}"
     if not report.entries:
         return f"{title}\n\nNo usage is recorded there.\n"
-    columns = [*_key_columns(report.kind), *_amount_columns(report)]
+    columns = [*_key_columns(report), *_amount_columns(report)]
     table = _fit(columns, report.entries, Entry(("Total",), (), (), report.total), width)
     return "\n".join((title, "", *table, *_unpriced(report), NOTE)) + "\n"
 
@@ -65,11 +66,12 @@ def _scope(scope: Scope) -> str:
     return " · ".join((days, *map(plain, scope.filters), scope.timezone))
 
 
-def _key_columns(kind: str) -> list[_Column]:
+def _key_columns(report: Report) -> list[_Column]:
+    kind = report.kind
     if kind == "session":
         return [
             _Column("Last used", 0, is_number=False, cell=lambda entry: entry.keys[-1]),
-            _Column("Session", 0, is_number=False, cell=lambda entry: plain(entry.keys[0])[:8] or "(none)"),
+            _Column("Session", 0, is_number=False, cell=partial(_session, _ambiguous(report.entries))),
             _Column("Project", 2, is_number=False, cell=lambda entry: _tail(_project(entry.keys[2]), 24)),
         ]
     if kind == "project":
@@ -80,6 +82,18 @@ def _key_columns(kind: str) -> list[_Column]:
         return [_Column(titles[at], 2 * at, is_number=False, cell=partial(_key, at)) for at in keys]
     title = {"daily": "Date", "weekly": "Week of", "monthly": "Month"}[kind]
     return [_Column(title, 0, is_number=False, cell=partial(_key, 0))]
+
+
+def _ambiguous(entries: Sequence[Entry]) -> set[str]:
+    """Beginnings that several sessions have: those of some tools begin with the time."""
+    counts = Counter(entry.keys[0][:8] for entry in entries)
+    return {beginning for beginning, count in counts.items() if count > 1}
+
+
+def _session(ambiguous: set[str], entry: Entry) -> str:
+    """As much of a session's name as tells it from others."""
+    name = plain(entry.keys[0])
+    return (f"…{name[-7:]}" if name[:8] in ambiguous and len(name) > 8 else name[:8]) or "(none)"
 
 
 def _key(at: int, entry: Entry) -> str:

@@ -23,10 +23,11 @@ from bridge.cli import _main
 from bridge.join import Worth, add_worth, worth
 from bridge.model import Source, TranscriptRow, Usage, UsageCell
 from bridge.store import Store
+from bridge.tools.limits import limit_points
 from bridge.usage import UsageBooks
 from tests.daemon import PROTOBUF, Daemon
 from tests.recordings import delta_body
-from tests.test_cases import unsynced
+from tests.test_cases import rig_in, unsynced
 from tests.test_transcripts import append, eventually, follow_from_here, projects, wait_until_read
 from tests.transcript_tree import MODELS, response
 
@@ -437,6 +438,13 @@ def test_no_cell_of_a_csv_is_a_formula(told: State, report: Report) -> None:
             assert not [cell for cell in row if cell.startswith("-") and not cell[1:].replace(".", "").isdecimal()]
 
 
+def test_sessions_are_told_apart_where_their_names_begin_alike(state: State, report: Report) -> None:
+    for session in ("01a2237a-bd20-7cf1-8c47-5a6fb06936a9", "01a2237a-caef-7c43-9b97-5ad5f1884488", "b1095119-x", ""):
+        state.add("2026-02-14T12:00Z", session=session)
+    text = report("session").text
+    assert all(f" {shown} " in text for shown in ("…06936a9", "…1884488", "b1095119", "(none)"))
+
+
 def test_an_empty_state_has_an_empty_report(report: Report) -> None:
     for kind in (*GROUPINGS, "blocks"):
         assert "No usage is recorded there." in report(kind).text
@@ -565,6 +573,15 @@ def test_history_that_is_still_read_is_told(state: State, report: Report) -> Non
         books.finish_history()
     output = report("--json")
     assert (output.errors, output.json["complete"], output.json["total"]["requests"]) == ("", True, 1)
+
+
+def test_limits_that_history_tells_of_are_not_shown_as_those_of_now(tmp_path: Path) -> None:
+    row = TranscriptRow(0, "/t/rollout.jsonl", 1, 1, b"", 0, 9, 9, 0)
+    points = limit_points("codex", "five_hour", 0.4, 1_800_000_900, 1_800_000_000_000)
+    with rig_in(tmp_path) as rig:
+        for is_history, shown in ((True, 0), (False, 2)):
+            rig.call(rig.ledger.post_transcript(row, (), points, is_history=is_history))
+            assert len(rig.ledger.families) == shown
 
 
 def test_without_a_state_it_says_where_it_looked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
