@@ -264,7 +264,8 @@ def _exposed(file: Path) -> str:
     found = file.stat()
     if found.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
         return f"{file} belongs to uid {found.st_uid}; settings of others are not believed"
-    if found.st_mode & 0o022:
+    is_private_group = found.st_gid == found.st_uid  # the group of one user, to which umask 002 gives everything
+    if found.st_mode & (0o002 if is_private_group else 0o022):
         return f"{file} has mode {found.st_mode & 0o7777:04o}: others may write it; chmod go-w {file}"
     return ""
 
