@@ -107,7 +107,7 @@ create table usage (
 );
 create index usage_time on usage (time);
 create index usage_request on usage (request) where request is not null and not is_history;
-create index usage_group on usage (session, model, input, cache_read) where not is_history;
+create index usage_group on usage (session, model, input, cache_read, source, request) where not is_history;
 create table span (
     usage integer primary key, trace blob not null, span blob not null, parent blob not null, begun integer not null,
     ended integer not null, rank integer not null, response blob

@@ -364,7 +364,9 @@ class UsageBooks:
         seeds = [row, *([before] if before is not None else []), *self._relatives(row, before)]
         groups: dict[tuple[int, ...], list[UsageRow]] = {}
         for seed in seeds:
-            if not self._is_united(seed):
+            if not self._is_united(seed) or not self._store.has_counterpart(seed):
+                if seed is before:
+                    continue  # what it was before concerns no other row
                 groups.setdefault((seed.id,), [seed])
             elif self._group_key(seed) not in groups:
                 groups[self._group_key(seed)] = self._group(seed)

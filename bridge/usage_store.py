@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from bridge.join import Cell, Worth
-from bridge.model import Place, SpanRank, TranscriptRow
+from bridge.model import Place, Source, SpanRank, TranscriptRow
 from bridge.store import Store, proved
 
 MAX_INTEGER = 2**63 - 1
@@ -230,6 +230,24 @@ class UsageStore:
         written = row.cache_write_5m + row.cache_write_1h
         values = (row.session, row.model, row.input, row.cache_read, written)
         return [UsageRow(*found) for found in self._store.execute(sql, values)]
+
+    def has_counterpart(self, row: UsageRow) -> bool:
+        """Whether a row of the other source in its group may be the same request: one of them knows no request id."""
+        other = Source.EVENT if row.source == Source.TRANSCRIPT else Source.TRANSCRIPT
+        sql = (
+            "select 1 from usage where session = ? and model = ? and input = ? and cache_read = ? and source = ?"
+            f"{' and request is null' if row.request else ''}"
+            " and cache_write_5m + cache_write_1h = ? and not is_history limit 1"
+        )
+        values = (
+            row.session,
+            row.model,
+            row.input,
+            row.cache_read,
+            int(other),
+            row.cache_write_5m + row.cache_write_1h,
+        )
+        return self._store.execute(sql, values).fetchone() is not None
 
     # --- spans ---
 

@@ -21,6 +21,7 @@ from bridge.model import Source, Usage, UsageCell
 from bridge.pricing import normalise_model
 from bridge.store import Store
 from bridge.usage import UsageBooks
+from bridge.usage_store import UsageRow, UsageStore
 from tests.test_cases import unsynced
 
 TOOL = "claude_code"
@@ -76,6 +77,36 @@ def test_as_many_are_paired_as_can_be_and_none_is_lost(rows: list[Observed]) -> 
     assert len(counted) == len(rows) - most_pairs(rows)
     for source in Source:
         assert sum(row.output for row in rows if row.source is source) <= sum(verdict.output for verdict in counted)
+
+
+def test_many_rows_alike_are_judged_alone_where_none_of_them_can_be_the_same_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with an id of the API, told by both sources: the same few numbers in thousands of requests."""
+    judged = 0
+    group = UsageStore.group
+
+    def counting(store: UsageStore, row: UsageRow) -> list[UsageRow]:
+        nonlocal judged
+        members = group(store, row)
+        judged += len(members)
+        return members
+
+    monkeypatch.setattr(UsageStore, "group", counting)
+    store = Store(tmp_path)
+    store.open(0)
+    with closing(store):
+        books = UsageBooks(store, lambda _: 1, normalise_model, frozenset())
+        books.load()
+        with store.transaction():
+            for at in range(400):
+                for source in Source:
+                    key = bytes([source, *at.to_bytes(15, "big")])
+                    books.add(Usage(TOOL, source, key, "s", "claude-x", HOUR, 1, 2, 3, 0, 0, request_id=f"r{at}"))
+            books.flush(1, HOUR)
+        ((requests, outputs),) = store.execute("select sum(requests), sum(output) from rollup").fetchall()
+    assert (requests, outputs) == (400, 800)
+    assert judged < 4 * 400
 
 
 # --- worth -----------------------------------------------------------------------------------------------------
