@@ -314,6 +314,7 @@ def start(peers: Sequence[Peer], options: Options, results: Results) -> None:
     for peer, directory in rounds(peers, options.repeat * 2, "start"):
         with running(peer, directory) as one:
             results.add(Row("start to first scrape", "ms"), peer, one.start_seconds * 1e3)
+            results.add(Row("CPU until the first scrape", "ms"), peer, one.usage.cpu * 1e3)
     keepers = [peer for peer in peers if peer.name in ("bridge", "Prometheus")]
     for peer, directory in rounds(keepers, 1, "start with 100,000 series"):
         with running(peer, directory) as one:
