@@ -60,6 +60,8 @@ MAX_INTEGER = 2**63 - 1
 MAX_TARGETS = 1_000
 MAX_UNIT = 64
 MAX_DESCRIPTION = 1_000
+MAX_JOINED = 1e9
+"""Tokens that one delta histogram of a known tool can plausibly add."""
 CUMULATIVE_FACTOR = 1_000
 """A cumulative value holds a whole process, so it may be this much larger than one delta."""
 OVERFLOW = (("otel.metric.overflow", "true"),)
@@ -708,6 +710,10 @@ def _refusal(origin: _Origin, point: DataPoint) -> Drop | None:
         return None
     if origin.scale and isinstance(value, _NUMBER) and math.isfinite(value) and value > origin.limit >= 0:
         return Drop.IMPLAUSIBLE
+    if isinstance(value, Histogram | ExponentialHistogram) and (value.sum or 0) > MAX_JOINED:
+        most = MAX_JOINED if point.metric.temporality is Temporality.DELTA else MAX_JOINED * CUMULATIVE_FACTOR
+        if (value.sum or 0) > most and known.usage_cell(point.metric, point.attributes) is not None:
+            return Drop.IMPLAUSIBLE
     return refusal(point.metric, value)
 
 

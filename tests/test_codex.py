@@ -202,3 +202,16 @@ def test_the_token_metric(kind: str, cell: str | None) -> None:
 @pytest.mark.parametrize("service", ["codex_cli_rs", "codex_exec", "codex_tui", "codex-app-server"])
 def test_services(service: str) -> None:
     assert known.tool_of_service(service) == "codex"
+
+
+@pytest.mark.parametrize(
+    ("attribute", "expected"),
+    [
+        (("session.id", "x"), True),
+        (("session_source", f"subagent_thread_spawn_{THREAD}_d1"), True),
+        (("session_source", "exec"), False),
+    ],
+)
+def test_series_of_one_session(attribute: tuple[str, str], expected: bool) -> None:
+    """They leave some time after it; those of subagents name the thread that spawned them."""
+    assert known.is_of_a_session(*attribute) is expected

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bridge import transcripts
+from bridge.model import Batch, DataPoint, Drop, Histogram, Kind, Metric, Temporality
 from bridge.tools.codex_lines import TOOL, TRANSCRIPTS
 from tests.codex_tree import Style, Thread, World, truth, without_turns
 from tests.following import PATIENCE, Following, following
@@ -175,5 +176,20 @@ def test_limits_are_shown(tmp_path: Path) -> None:
             await bridge.until_read()
             names = {metric.name for metric in bridge.ledger.metrics.values()}
             assert {"ai.limit.used", "ai.limit.reset.timestamp"} <= names
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("tokens", "reason"), [(10**9, None), (10**9 + 1, Drop.IMPLAUSIBLE)])
+def test_absurd_sums_of_the_token_metric_are_refused(tmp_path: Path, tokens: int, reason: Drop | None) -> None:
+    metric = Metric("codex.turn.token_usage", Kind.HISTOGRAM, Temporality.DELTA)
+    attributes = (("model", "gpt-5.5"), ("token_type", "output"))
+    point = DataPoint(metric, attributes, 1, 2, Histogram((), (1,), 1, float(tokens)))
+
+    async def story() -> None:
+        async with following(tmp_path / "state") as bridge:
+            receipt = await bridge.ledger.post(Batch([point], []), b"body")
+            assert [refused.reason for refused in receipt.refused] == ([reason] if reason else [])
+            assert bridge.served(TOOL).get("gpt-5.5", Counter())["output"] == (0 if reason else tokens)
 
     asyncio.run(story())
