@@ -194,7 +194,7 @@ class UsageStore:
     def known_keys(self, keys: Iterable[bytes]) -> dict[bytes, bool]:
         """Those of some keys that name a request, and whether a row stands under them."""
         known: dict[bytes, bool] = {}
-        remaining = tuple(keys)
+        remaining = tuple(sorted(keys))  # neighbours stand on one page
         while remaining:
             some, remaining = remaining[:_MAX_PARAMETERS], remaining[_MAX_PARAMETERS:]
             marks = ", ".join("?" * len(some))
@@ -205,7 +205,7 @@ class UsageStore:
 
     def remember(self, keys: Iterable[bytes]) -> None:
         """Remember keys without a row."""
-        self._store.executemany("insert or ignore into usage_key values (?)", ((key,) for key in keys))
+        self._store.executemany("insert or ignore into usage_key values (?)", ((key,) for key in sorted(keys)))
 
     def by_request(self, request: bytes) -> list[UsageRow]:
         sql = f"select {_COLUMNS} from usage where request = ? and not is_history"
