@@ -263,8 +263,12 @@ class Bookkeeper:
 
         A full disk has rolled back and still reads, so the connection stays: a new one would need space.
         """
-        self.is_lost = True
+        self.forget()
         self._must_reopen |= not error.disk_full
+
+    def forget(self) -> None:
+        """After a transaction that was given up: the disk is sound, but what stands here is ahead of it."""
+        self.is_lost = True
 
     def restore(self) -> tuple[Snapshot, UsageChange]:
         """Take the state from the disk again. Raises StoreUnavailable."""

@@ -14,8 +14,10 @@ by stream and start time. After a crash: what was acknowledged is there; the res
 import asyncio
 import contextlib
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
 from queue import SimpleQueue
 from time import monotonic, perf_counter
 from typing import Any, NamedTuple
@@ -55,6 +57,13 @@ class Series(msgspec.Struct):
     exemplar: Exemplar | None = None
     floor: Shown | None = None
     name: bytes = b""
+
+
+class Unpostable(Exception):
+    """What a request holds brings out a fault of the bridge's own, whose kind and place the text says.
+
+    None of it counts; the requests beside it do.
+    """
 
 
 class _Request(NamedTuple):
@@ -155,7 +164,7 @@ class Ledger:
 
     async def post(self, batch: Batch, body: bytes, source: str = "") -> Receipt:
         """Count the points of one request body, which came with the token `source`; returns after the commit. Raises
-        StoreUnavailable."""
+        StoreUnavailable and Unpostable."""
         answer: asyncio.Future[Receipt] = self._loop.create_future()
         self._queue.put(_Request(Post(batch, body, source=source), answer))
         return await answer
@@ -171,7 +180,7 @@ class Ledger:
     async def post_transcript(
         self, row: TranscriptRow, usages: tuple[Usage, ...], points: tuple[DataPoint, ...], *, is_history: bool
     ) -> TranscriptRow:
-        """Count what a transcript says, and remember how far it is read. Raises StoreUnavailable."""
+        """Count what a transcript says, and remember how far it is read. Raises StoreUnavailable and Unpostable."""
         answer: asyncio.Future[Receipt] = self._loop.create_future()
         self._queue.put(_Request(Post(Batch(list(points), [], usages), b"", row, is_history), answer))
         await answer
@@ -416,6 +425,14 @@ class Ledger:
         except StoreUnavailable as error:
             self._refuse(bookkeeper, error, [request.answer for request in group])
             return
+        except Exception as error:  # a fault of ours; what others sent must not be lost for what one did
+            bookkeeper.forget()
+            if len(group) > 1:
+                for request in group:
+                    self._answer(bookkeeper, [request])
+            else:
+                self._loop.call_soon_threadsafe(_reject, group[0].answer, Unpostable(_place_of(error)))
+            return
         seconds = perf_counter() - began
         self._loop.call_soon_threadsafe(self._finish, group, receipts, change, seconds)
 
@@ -460,8 +477,18 @@ class Ledger:
     def _fail(self, answers: "list[asyncio.Future[Any]]", error: StoreUnavailable) -> None:
         self.healthy = False
         for answer in answers:
-            if not answer.done():
-                answer.set_exception(error)
+            _reject(answer, error)
+
+
+def _place_of(error: Exception) -> str:
+    """Where an error was raised, without the values that it tells of: `TypeError at usage.py:123`."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {PurePath(frame.filename).name}:{frame.lineno}"
+
+
+def _reject(answer: "asyncio.Future[Any]", error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
 
 
 def _resolve(answer: "asyncio.Future[Any]", result: Any) -> None:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from bridge.ledger import Ledger
+from bridge.ledger import Ledger, Unpostable
 from bridge.model import TranscriptRow
 from bridge.packed import Damaged, NoUnpacker
 from bridge.readers import Readers
@@ -383,7 +383,11 @@ class Follower:
         return False
 
     async def _commit(self, chunk: Chunk, *, is_history: bool) -> None:
-        row = await self._ledger.post_transcript(chunk.row, chunk.usages, chunk.points, is_history=is_history)
+        try:
+            row = await self._ledger.post_transcript(chunk.row, chunk.usages, chunk.points, is_history=is_history)
+        except Unpostable as error:
+            self._note_unreadable(chunk.row.path, f"a fault of the bridge, please report it: {error}")
+            row = await self._ledger.post_transcript(chunk.row, (), (), is_history=is_history)
         self._files[row.path] = row
         self._telemetry.transcript_files.set(len(self._files))
         self._telemetry.transcript_bytes.inc(chunk.bytes_read)

@@ -19,7 +19,7 @@ from aiohttp.web_protocol import RequestPayloadError
 
 from bridge import otlp
 from bridge.config import Config
-from bridge.ledger import Ledger
+from bridge.ledger import Ledger, Unpostable
 from bridge.model import DROP_TEXT, Batch, Drop, Event, Receipt, Refusal
 from bridge.otlp import Encoding, Signal
 from bridge.store import StoreUnavailable
@@ -121,6 +121,9 @@ class Receiver:
         except StoreUnavailable as error:
             self._throttle.warning("store", "cannot write the state; exports are refused until it can", error=error)
             raise Refused(503, "the state cannot be written now; try again") from None
+        except Unpostable as error:
+            self._throttle.warning("fault", "a fault of the bridge; please report it", fault=error, signal=signal.value)
+            raise Refused(400, "this body brings out a fault of the bridge; nothing of it is counted") from None
         finally:
             self._in_flight -= taken
         self._note(receipt, answer.points[0].metric.resource.get("service.name") if answer.points else "")
