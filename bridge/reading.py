@@ -296,18 +296,14 @@ def _read_document(tool: Transcripts, descriptor: int, row: TranscriptRow, found
     row = row._replace(device=found.st_dev, inode=found.st_ino, head=version(found), live=found.st_size)
     if found.st_size > MAX_DOCUMENT:
         return Chunk(row, (), {}, 1, 0, more=False)
-    content = bytearray()
-    while block := os.pread(descriptor, BLOCK, len(content)):
-        content += block
-        if len(content) > found.st_size:
-            return None
-    if version(os.fstat(descriptor)) != row.head:
+    content = os.pread(descriptor, found.st_size, 0)  # at once: putting pieces together would hold them twice
+    if len(content) != found.st_size or version(os.fstat(descriptor)) != row.head:
         return None
     reader = tool.reader(row.path, row.origin, b"")
     usages: list[Usage] = []
     refused: dict[Drop, int] = {}
     if content:
-        _take(reader.read(bytes(content)), usages, refused)
+        _take(reader.read(content), usages, refused)
     return Chunk(row, tuple(usages), refused, 0, len(content), more=False, points=reader.gauges())
 
 
