@@ -364,7 +364,7 @@ class UsageBooks:
         seeds = [row, *([before] if before is not None else []), *self._relatives(row, before)]
         groups: dict[tuple[int, ...], list[UsageRow]] = {}
         for seed in seeds:
-            if not self._is_united(seed) or not self._store.has_counterpart(seed):
+            if not self._is_united(seed):
                 if seed is before:
                     continue  # what it was before concerns no other row
                 groups.setdefault((seed.id,), [seed])
@@ -396,7 +396,9 @@ class UsageBooks:
 
     def _is_united(self, row: UsageRow) -> bool:
         """Whether a row may be the same request as one of another source."""
-        return self._followed is None or self._tools[row.model] in self._followed
+        tool = self._tools[row.model]
+        is_followed = self._followed is None or tool in self._followed
+        return is_followed and (tool in self._asked or self._store.has_counterpart(row))
 
     def _relatives(self, row: UsageRow, before: UsageRow | None) -> list[UsageRow]:
         """Rows whose judgement depends on this one: of the same request id, or side-chain copies of its response; or
