@@ -364,7 +364,7 @@ class UsageBooks:
         seeds = [row, *([before] if before is not None else []), *self._relatives(row, before)]
         groups: dict[tuple[int, ...], list[UsageRow]] = {}
         for seed in seeds:
-            if not self._is_united(seed):
+            if not self._may_pair(seed):
                 if seed is before:
                     continue  # what it was before concerns no other row
                 groups.setdefault((seed.id,), [seed])
@@ -395,10 +395,12 @@ class UsageBooks:
         return [found for model in models for found in self._store.group(row._replace(model=model))]
 
     def _is_united(self, row: UsageRow) -> bool:
-        """Whether a row may be the same request as one of another source."""
-        tool = self._tools[row.model]
-        is_followed = self._followed is None or tool in self._followed
-        return is_followed and (tool in self._asked or self._store.has_counterpart(row))
+        """Whether several sources tell of a row's tool."""
+        return self._followed is None or self._tools[row.model] in self._followed
+
+    def _may_pair(self, row: UsageRow) -> bool:
+        """Whether a row may be the same request as one of another source that has another name or none."""
+        return self._is_united(row) and (self._tools[row.model] in self._asked or self._store.has_counterpart(row))
 
     def _relatives(self, row: UsageRow, before: UsageRow | None) -> list[UsageRow]:
         """Rows whose judgement depends on this one: of the same request id, or side-chain copies of its response; or
