@@ -314,6 +314,7 @@ color-scheme:light dark}}pre{{background:#8882;padding:.8rem;overflow:auto}}</st
 <pre>{environment}</pre>
 <p>Or let <code>claude-otel-bridge setup --write</code> put the same names under <code>env</code> in
 <code>~/.claude/settings.json</code>. Then run <code>claude</code>
-and watch <a href="/v1/metrics">/v1/metrics</a> move within ten seconds of its first answer.</p>
+and watch <a href="/v1/metrics">/v1/metrics</a> move within a second of its first answer, or within ten where
+its transcripts are not followed.</p>
 </body></html>
 """
