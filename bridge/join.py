@@ -129,7 +129,8 @@ def worth(cell: Cell, *, reports_cost: bool = True) -> Worth:
     tokens = (max(requests[0], metrics[0]), max(requests[1], metrics[1]), read, written)
     if reports_cost:
         extra = _beyond(tokens, metrics, cell.metrics_cost, requests, cell.requests_cost)
-        return Worth(tokens, cell.metrics_cost + extra, min(cell.unpriced, sum(tokens) - sum(metrics)))
+        untold = 0 if cell.metrics_cost else sum(metrics)  # a client whose cost metric is switched off
+        return Worth(tokens, cell.metrics_cost + extra, untold + min(cell.unpriced, sum(tokens) - sum(metrics)))
     extra = _beyond(tokens, requests, cell.requests_cost, metrics, cell.metrics_cost)
     unpriced = min(max(0, cell.metrics_unpriced - cell.unpriced), sum(tokens) - sum(requests))
     return Worth(tokens, cell.requests_cost + extra, cell.unpriced + unpriced)

@@ -151,6 +151,11 @@ def test_a_source_alone_is_worth_what_it_says(cell: Cell, reports_cost: bool) ->
     assert worth(metrics, reports_cost=reports_cost)[:2] == metrics[3:5]
 
 
+def test_tokens_whose_cost_the_tool_never_told_are_visible() -> None:
+    assert worth(Cell(metrics=(1, 2, 3, 4))) == Worth((1, 2, 3, 4), 0, 10)
+    assert worth(Cell(metrics=(1, 2, 3, 4), metrics_cost=5)) == Worth((1, 2, 3, 4), 5, 0)
+
+
 def test_prompts_are_divided_by_what_is_known_of_them() -> None:
     told = Cell(metrics=(0, 7, 30, 0), metrics_cost=500, prompt=100)
     assert worth(told, reports_cost=False) == Worth((70, 7, 30, 0), 500)
