@@ -53,11 +53,18 @@ def is_running(directory: str) -> bool:
 def read(directory: str, ask: Callable[[sqlite3.Connection], T]) -> T:
     """What `ask` finds in the database of a state directory, as of one commit. Raises Unreadable."""
     path = f"{directory}/{DATABASE}"
-    if not os.path.exists(path):  # noqa: PTH110  # see above
+    try:
+        os.stat(path)  # noqa: PTH116  # see above
+    except PermissionError:
+        raise Unreadable(
+            f"permission denied: {directory} is its owner's alone; ask as the user that the bridge runs as",
+            os.EX_NOPERM,
+        ) from None
+    except OSError:
         raise Unreadable(
             f"there is no state in {directory}; run claude-otel-bridge first, or name its place with --state-dir",
             os.EX_NOINPUT,
-        )
+        ) from None
     try:
         if not is_open(path):
             # Reading in the usual way would leave files behind. A bridge that starts meanwhile writes a log first.

@@ -215,7 +215,8 @@ def prepare_directory(directory: Path) -> str | None:
     """Create the state directory for its owner alone; one line for the log if its permissions were tightened.
 
     Raises StateError when it cannot be made (73), belongs to somebody else or is no real directory, when others could
-    exchange it, or when a file in it is a link (77).
+    exchange it, when it is shared or holds what is not ours, so that it must not be closed to others, or when a file
+    in it is a link (77).
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -237,9 +238,24 @@ def prepare_directory(directory: Path) -> str | None:
         )
     _require_own_files(directory)
     if stat.S_IMODE(found.st_mode) & 0o077:
+        _require_own_directory(directory, found.st_mode)
         directory.chmod(0o700)
         return f"state directory {directory} was open to others; its mode is now 0700"
     return None
+
+
+def _require_own_directory(directory: Path, mode: int) -> None:
+    """Refuse a directory that others use, before it is closed to them."""
+    names = {path.name for path in directory.iterdir()} - {"lost+found"}
+    if mode & stat.S_ISVTX:
+        what = f"is shared with others; choose a directory of its own, as in {directory / 'claude-otel-bridge'}"
+    elif names and names.isdisjoint((DATABASE, SERVED)):
+        what = f"holds other files; choose a directory of its own with --state-dir, or chmod 700 {directory}"
+    else:
+        return
+    raise StateError(
+        f"state directory {directory} is open to others (mode {stat.S_IMODE(mode):04o}) and {what}", os.EX_NOPERM
+    )
 
 
 def _require_own_files(directory: Path) -> None:

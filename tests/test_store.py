@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import pytest
 
+from bridge.database import Unreadable, read
 from bridge.model import Drop
 from bridge.store import (
     DATABASE,
@@ -225,6 +226,33 @@ def test_a_directory_that_is_open_to_others_is_closed_with_one_line(tmp_path: Pa
     assert mode_of(tmp_path) == 0o700
 
 
+@pytest.mark.parametrize(
+    ("mode", "names", "is_refused"),
+    [
+        (0o1777, [], True),
+        (0o1777, ["state.db"], True),
+        (0o755, ["letter"], True),
+        (0o777, ["letter"], True),
+        (0o755, ["letter", "state.db"], False),
+        (0o755, ["lost+found"], False),
+        (0o700, ["letter"], False),
+    ],
+)
+def test_a_directory_that_others_use_is_not_closed_to_them(
+    tmp_path: Path, mode: int, names: list[str], is_refused: bool
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    tmp_path.chmod(mode)
+    if is_refused:
+        with pytest.raises(StateError, match=f"{tmp_path} is open to others .*{mode:04o}") as refused:
+            prepare_directory(tmp_path)
+        assert refused.value.exit_code == os.EX_NOPERM
+    else:
+        prepare_directory(tmp_path)
+    assert mode_of(tmp_path) == (mode if is_refused else 0o700)
+
+
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").touch()
     with pytest.raises(StateError, match="not a directory") as refused:
@@ -272,6 +300,13 @@ def test_a_directory_that_cannot_be_made_is_refused(open_directory: Path) -> Non
         with pytest.raises(StateError, match=r"cannot create state directory closed/state: .*--state-dir") as refused:
             prepare_directory(open_directory / "closed" / "state")
     assert refused.value.exit_code == os.EX_CANTCREAT
+
+
+def test_a_state_of_another_user_is_not_said_to_be_absent(open_directory: Path) -> None:
+    (open_directory / "closed").mkdir(mode=0)
+    with somebody_else(), pytest.raises(Unreadable, match="permission denied: closed ") as refused:
+        read("closed", lambda _: None)
+    assert refused.value.exit_code == os.EX_NOPERM
 
 
 def test_a_read_only_directory_is_refused(open_directory: Path) -> None:
