@@ -9,7 +9,7 @@ import ipaddress
 import re
 import tomllib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -287,6 +287,9 @@ def _check(layered: Mapping[str, Any], kind: type[Struct], where: str) -> None:
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")
+        if reason.startswith("Invalid enum value"):
+            expected = ", ".join(get_args(get_type_hints(kind)[key]))
+            reason = f"expected one of {expected}, got {layered[key]!r}"
         raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{reason[0].lower()}{reason[1:]}") from None
 
 

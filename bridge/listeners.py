@@ -67,6 +67,12 @@ def tls_context(tls: Tls) -> "ssl.SSLContext | None":
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for name in ("cert", "key", "client_ca"):
+        if path := getattr(tls, name):
+            try:
+                Path(path).expanduser().open("rb").close()
+            except OSError as error:
+                raise StartError(f"tls.{name}: cannot read {path}: {error.strerror}", os.EX_CONFIG) from None
     name = "cert"
     try:
         # Without a password a key that wants one is an error, not a question on the terminal.

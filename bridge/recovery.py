@@ -15,19 +15,22 @@ from bridge.store import DATABASE, SERVED, Damaged, StateError, sync, time_in_na
 _RESTORING = f".{DATABASE}.restoring"
 
 
-def quarantine(directory: Path, now: int) -> Path:
-    """Move the database to a directory of its own, the WAL first: it must never meet another database."""
+def quarantine(directory: Path, now: int) -> str:
+    """Move the database to a directory of its own, the WAL first: it must never meet another database. What was done
+    about it, for the log."""
+    names = [f"{DATABASE}{end}" for end in ("-wal", "-shm", "") if (directory / f"{DATABASE}{end}").exists()]
+    if not names:
+        return "there was nothing to put aside"
     target = directory / f"state.corrupt-{time_in_names(now)}Z"
     while target.exists():
         now += 1
         target = directory / f"state.corrupt-{time_in_names(now)}Z"
     target.mkdir(mode=0o700)
-    for name in (f"{DATABASE}-wal", f"{DATABASE}-shm", DATABASE):
-        if (directory / name).exists():
-            (directory / name).rename(target / name)
+    for name in names:
+        (directory / name).rename(target / name)
     sync(target)
     sync(directory)
-    return target
+    return f"the database is in {target.name} now"
 
 
 def recover(directory: Path, damage: Damaged, version: int, now: int, *, accept_data_loss: bool) -> tuple[str, bool]:
@@ -44,10 +47,10 @@ def recover(directory: Path, damage: Damaged, version: int, now: int, *, accept_
             sync(directory / _RESTORING)
         evidence = quarantine(directory, now)
         if copy is None:
-            return f"{damage}; the database is in {evidence.name} now, and the state begins anew", True
+            return f"{damage}; {evidence}, and the state begins anew", True
         (directory / _RESTORING).rename(directory / DATABASE)
         sync(directory)
     except OSError as error:
         raise StateError(f"cannot restore {directory / DATABASE}: {error.strerror}", os.EX_IOERR) from None
     text = f"going on from {copy.path.name}, as of transaction {copy.commits}"
-    return f"{damage}; the database is in {evidence.name} now, {text}", False
+    return f"{damage}; {evidence}, {text}", False

@@ -299,7 +299,6 @@ def configure_log(kind: str, level: str, file: str) -> None:
     handler: logging.Handler
     if file:
         path = Path(file).expanduser()
-        path.parent.mkdir(parents=True, exist_ok=True)
         handler = _RotatedFile(path)
     else:
         handler = logging.StreamHandler(sys.stderr)

@@ -61,8 +61,11 @@ def parse(text: str, where: str) -> tuple[Token, ...]:
 def of_environment(environment: Mapping[str, str]) -> tuple[Token, ...]:
     """`BRIDGE_TOKEN` is the token `default`; `BRIDGE_TOKENS` has lines as in the file, or commas between them."""
     one, many = (environment.get(variable, "") for variable in TOKEN_VARIABLES)
-    lines = [f"default {one.strip()}"] if one.strip() else []
-    return parse("\n".join([*lines, *many.replace(",", "\n").splitlines()]), "environment: BRIDGE_TOKENS")
+    default = (_token("default", one.strip(), "environment: BRIDGE_TOKEN"),) if one.strip() else ()
+    others = parse(many.replace(",", "\n"), "environment: BRIDGE_TOKENS")
+    if default and any(token.name == "default" for token in others):
+        raise TokenError("environment: BRIDGE_TOKENS: default stands there, and BRIDGE_TOKEN is the token of that name")
+    return (*default, *others)
 
 
 def _token(name: str, secret: str, place: str) -> Token:

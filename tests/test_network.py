@@ -340,6 +340,12 @@ def test_tokens_of_the_environment() -> None:
     known = tokens.of_environment({"BRIDGE_TOKEN": "x" * 30, "BRIDGE_TOKENS": f"a {'y' * 30}, b {'z' * 30}"})
     assert [token.name for token in known] == ["default", "a", "b"]
     assert [tokens.find(known, letter * 30) for letter in "xyzw"] == ["default", "a", "b", None]
+    for given, words in (
+        ({"BRIDGE_TOKEN": "short"}, "environment: BRIDGE_TOKEN: the token of default is shorter"),
+        ({"BRIDGE_TOKEN": "x" * 30, "BRIDGE_TOKENS": f"default {'y' * 30}"}, "BRIDGE_TOKENS: default stands there"),
+    ):
+        with pytest.raises(TokenError, match=words):
+            tokens.of_environment(given)
     hashed = tokens.parse(f"c sha256:{known[0].digest.hex()}", "")
     assert tokens.find(hashed, "x" * 30) == "c"
     assert tokens.find(hashed, known[0].digest.hex()) is None
@@ -515,7 +521,7 @@ def test_tls_beyond_loopback(make_daemon: Callable[..., Daemon], certificates: P
     ("files", "words"),
     [
         (("server.pem", "client.key"), "tls.cert: cannot use the files"),
-        (("server.pem", "none.key"), "tls.cert: cannot use the files"),
+        (("server.pem", "none.key"), "none.key: No such file"),
         (("server.key", "server.key"), "tls.cert: cannot use the files"),
     ],
 )

@@ -497,8 +497,9 @@ def test_a_lost_database_is_never_a_silent_beginning(damage: str, make_daemon: M
     daemon.arguments = ("--accept-data-loss",)
     daemon.start()
     assert daemon.samples()[COMMITS] == "5", "what was served is the floor"
-    (evidence,) = daemon.state_dir.glob("state.corrupt-*")
-    assert {name: (evidence / name).read_bytes() for name in before} == before
+    kept = {path.name: path.read_bytes() for path in daemon.state_dir.glob("state.corrupt-*/*")}
+    assert {name: kept[name] for name in before} == before
+    assert ("there was nothing to put aside" in daemon.log) is (not before)
 
 
 @pytest.mark.parametrize("damage", ["gone", "half"])
@@ -514,9 +515,9 @@ def test_a_lost_database_is_replaced_by_the_newest_whole_copy(damage: str, daemo
     daemon.start()
     assert "going on from state-v1-20260101T010000000Z.db, as of transaction" in daemon.log
     assert re.search(r"state went back \d+ transactions", daemon.log)
-    (evidence,) = daemon.state_dir.glob("state.corrupt-*")
-    assert stat.S_IMODE(evidence.stat().st_mode) == 0o700
-    assert [path.read_bytes() for path in evidence.glob(DATABASE)] == lost
+    evidence = [*daemon.state_dir.glob("state.corrupt-*")]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in evidence] == [0o700 for _ in lost]
+    assert [(path / DATABASE).read_bytes() for path in evidence] == lost
     assert daemon.samples()[COMMITS] == "7", "what was served is the floor"
     commit(daemon, "b", 1, minute=1)
     assert daemon.samples()[COMMITS] == "7", "what was lost, sent again"

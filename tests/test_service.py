@@ -447,6 +447,13 @@ Make = Callable[..., Daemon]
 
 def test_a_log_file_is_private_and_no_link_is_followed(make_daemon: Make, tmp_path: Path) -> None:
     log = tmp_path / "logs" / "bridge.log"
+    astray = make_daemon("--log-file", str(log))
+    astray.spawn()
+    assert astray.process is not None
+    assert astray.process.wait(20) == os.EX_CANTCREAT
+    assert f"log_file: cannot write {log}: No such file" in astray.log
+    assert not log.parent.exists()
+    log.parent.mkdir()
     daemon = make_daemon("--log-file", str(log)).start()
     assert daemon.stop() == 0
     assert " info ready version=" in log.read_text()
