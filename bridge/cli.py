@@ -195,9 +195,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     if options.command == "config":
         if options.action == "show":
             sys.stdout.write(settings.to_toml(config))
-        else:
-            sys.stdout.write(f"{file or 'no settings file'}: ok\n")
-        return os.EX_OK
+            return os.EX_OK
+        return _check_start(config, file)
     if options.command == "backup":
         return _back_up(options.file, config)
     if options.command == "token":
@@ -211,6 +210,24 @@ def _main(arguments: Sequence[str] | None) -> int:
     from bridge import daemon
 
     return daemon.run(config, accept_data_loss=options.accept_data_loss)
+
+
+def _check_start(config: "Config", file: Path | None) -> int:
+    """Say whether the bridge would start with these settings: what they lead to, as tokens and certificates."""
+    from bridge.config import listened
+    from bridge.daemon import state_directory, tokens_in_force
+    from bridge.listeners import StartError, require_access, split_address
+    from bridge.tokens import TokenError
+
+    addresses = [split_address(address) for address in listened(config)]
+    try:
+        allowed = tokens_in_force(config, state_directory(config))
+        require_access(config, allowed, [("::1" if host == "localhost" else host, port) for host, port in addresses])
+    except (StartError, TokenError) as error:
+        sys.stderr.write(f"claude-otel-bridge: {file or 'no settings file'}: {error}\n")
+        return error.exit_code
+    sys.stdout.write(f"{file or 'no settings file'}: ok\n")
+    return os.EX_OK
 
 
 def _check_prices(config: "Config", file: str) -> None:

@@ -182,6 +182,8 @@ def listened(config: Config) -> tuple[str, ...]:
 
 _ADDRESS = re.compile(r"(localhost|[0-9.]+|\[[0-9a-fA-F:.]+\]):(\d{1,5})")
 
+_HOST = re.compile(r"[^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]")
+
 
 def _check_sense(config: Config) -> None:
     """What no type says. Raises ConfigError."""
@@ -193,6 +195,9 @@ def _check_sense(config: Config) -> None:
     addresses = listened(config)
     if double := next((address for address in addresses if addresses.count(address) > 1), None):
         raise ConfigError(f"listen: {double} stands there twice")
+    for host in config.hosts:
+        if not _HOST.fullmatch(host):
+            raise ConfigError(f"hosts: {host}: expected the name alone, without http:// and port, as in nas.example")
     for network in config.trusted_proxies:
         try:
             ipaddress.ip_network(network)

@@ -59,6 +59,8 @@ def test_members_of_tables_by_environment() -> None:
         ('trusted_proxies = ["10.0.0.1/8"]', {}, ["trusted_proxies: 10.0.0.1/8 has host bits set"]),
         ('[tls]\ncert = "a.pem"', {}, ["tls: cert and key belong together"]),
         ("", {"BRIDGE_TOKEN_FIEL": "x"}, ["unknown variable BRIDGE_TOKEN_FIEL", "BRIDGE_TOKEN_FILE?"]),
+        ('hosts = ["http://x/"]', {}, ["hosts: http://x/: expected the name alone"]),
+        ('hosts = ["x:4318"]', {}, ["hosts: x:4318: expected the name alone"]),
         ('listen = ["localhost:99999"]', {}, ["listen: localhost:99999: the port must be between"]),
         ('labels.deny = ["user.id", "model"]', {}, ["labels.deny: model: usage is counted by it", "labels.drop"]),
         ('source = "transcripts"\ntranscripts = false', {}, ["source: transcripts alone", "change one of them"]),

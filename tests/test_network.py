@@ -518,6 +518,31 @@ def test_tls_beyond_loopback(make_daemon: Callable[..., Daemon], certificates: P
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('listen = ["192.168.1.5:4318"]', "refusing to listen on 192.168.1.5:4318 without a token"),
+        ('token_file = "/nonexistent/tokens"', "token_file: /nonexistent/tokens does not exist"),
+        ('[tls]\ncert = "/nonexistent/c.pem"\nkey = "/nonexistent/k.pem"', "tls.cert: cannot read /nonexistent/c.pem"),
+        ('listen = ["192.168.1.5:4318"]\ninsecure_no_auth = true', ""),
+    ],
+)
+def test_a_check_refuses_what_a_start_would(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str, words: str
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(text)
+    file.chmod(0o600)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit) as left:
+        main(["--config", str(file), "--state-dir", str(tmp_path / "state"), "config", "check"])
+    told = capsys.readouterr()
+    assert left.value.code == (os.EX_CONFIG if words else os.EX_OK)
+    assert told.err.startswith(f"claude-otel-bridge: {file}: {words}" if words else "")
+    assert told.out == ("" if words else f"{file}: ok\n")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
     ("files", "words"),
     [
         (("server.pem", "client.key"), "tls.cert: cannot use the files"),
