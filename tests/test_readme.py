@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_type_hints
 
@@ -60,6 +61,7 @@ def test_every_shell_command_is_one_that_a_test_runs() -> None:
         r"\.venv/bin/claude-otel-bridge backup claude-otel-bridge\.db",
         r"\.venv/bin/claude-otel-bridge token( --remove)? alice",
         r"BRIDGE_TOKEN=\.\.\. claude-otel-bridge setup --write --endpoint https://192\.168\.1\.5:4318",
+        r"curl --cacert chain\.pem -H \"Authorization: Bearer \$BRIDGE_TOKEN\" https://192\.168\.1\.5:4318/v1/metrics",
         *SERVICE_COMMANDS,
         *GENAI_COMMANDS,
         r"(cp claude-otel-bridge\.db|rm -f) ~/\.local/state/claude-otel-bridge/state\.db.*",
@@ -84,6 +86,15 @@ def test_the_command_examples_run(daemon: Daemon) -> None:
             capture_output=True,
         )  # fmt: skip
         assert done.returncode == 0, (line, done.stderr)
+
+
+def test_the_header_with_the_token_lets_a_reader_in(make_daemon: Callable[..., Daemon]) -> None:
+    (header,) = re.findall(r'^curl .* -H "([^"]+)"', README, re.MULTILINE)
+    token = "t" * int(re.findall(r"a SECRET of (\d+) characters or more", README)[0])
+    daemon = make_daemon(env={"BRIDGE_LOOPBACK_TOKEN": "true", "BRIDGE_TOKEN": token}).start()
+    name, value = header.replace("$BRIDGE_TOKEN", token).split(": ")
+    assert daemon.get("/v1/metrics", {name: value}).status == 200
+    assert daemon.get("/v1/metrics", {name: f"{value}x"}).status == 401
 
 
 def test_the_environment_for_claude_code_is_the_landing_page_s(daemon: Daemon) -> None:
