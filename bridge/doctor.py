@@ -308,8 +308,15 @@ def check_refusals(metrics: Metrics) -> Iterator[Finding]:
     if count := _sum(metrics, "bridge_wrong_path_total"):
         todo = "OTEL_EXPORTER_OTLP_ENDPOINT takes the address alone, a per-signal endpoint the whole path (/v1/metrics)"
         yield Finding(Status.WARN, "path", f"exports came to a wrong path {_times(count)}", todo)
+    denied = metrics.get("bridge_http_denied_total", [])
+    guesses = sum(count for labels, count in denied if (labels["code"], labels.get("reason")) == ("429", "token"))
+    if guesses:
+        what = f"{guesses:.0f} requests were refused with 429: an address sent too many wrong tokens"
+        yield Finding(Status.WARN, "refused", what, "the log names the address; give its client a token that is known")
     for labels, count in metrics.get("bridge_http_refused_total", []):
-        if count and (known := _REFUSALS.get(labels["code"])):
+        if labels["code"] == "429":
+            count -= guesses
+        if count > 0 and (known := _REFUSALS.get(labels["code"])):
             what = f"{count:.0f} requests were refused with {labels['code']}: {known[0]}"
             yield Finding(Status.WARN, "refused", what, known[1])
 

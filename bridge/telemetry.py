@@ -65,7 +65,8 @@ class Telemetry:
             "bridge_http_refused", "Requests answered with an error, by HTTP code.", ["code"], registry=registry
         )
         self.denied = Counter(
-            "bridge_http_denied", "Requests without a known token (401) or above an allowance (429).", ["code"],
+            "bridge_http_denied", "Requests without a known token (401; 429 for many) or above an allowance (429).",
+            ["code", "reason"],
             registry=registry,
         )  # fmt: skip
         self.stalls = Counter(

@@ -18,7 +18,7 @@ import pytest
 
 from bridge import __version__, doctor, filesystem
 from bridge.config import Config, load
-from bridge.doctor import Answer, Directory, Finding, Layer, Status, Transcripts
+from bridge.doctor import Answer, Directory, Finding, Layer, Metrics, Status, Transcripts
 from bridge.model import Drop
 from bridge.store import SCHEMA_VERSION, Inspection
 from bridge.tools.claude_code import environment
@@ -208,6 +208,13 @@ def test_what_clients_do_wrong_is_named(daemon: Daemon) -> None:
     assert "http/protobuf" in told(findings, "warn", "protocol")
     assert "wrong path 2 times" in told(findings, "warn", "path")
     assert "/v1/metrics" in told(findings, "warn", "path")
+    for line in (
+        "warning refused a request: Content-Type must be",
+        "warning refused a request: nothing is served here; OTLP goes to /v1/metrics",
+        "code=415 client=127.0.0.1",
+    ):
+        assert line in daemon.log
+    assert daemon.log.count("refused a request: nothing") == 1
     assert "1 requests were refused with 415" in told(findings, "warn", "refused")
     assert "1 points were refused as negative" in told(findings, "warn", "points")
 
@@ -396,6 +403,18 @@ def test_logs_without_metrics() -> None:
 def test_a_disk_that_takes_no_commits_fails() -> None:
     assert statuses(doctor.check_refusals({"bridge_storage_ok": [({}, 0.0)]})) == [(FAIL, "storage")]
     assert statuses(doctor.check_refusals({"bridge_storage_ok": [({}, 1.0)]})) == []
+
+
+def test_wrong_tokens_are_no_flood() -> None:
+    guesses: list[tuple[Mapping[str, str], float]] = [
+        ({"code": "429", "reason": "token"}, 3.0),
+        ({"code": "429", "reason": "allowance"}, 2.0),
+    ]
+    found: Metrics = {"bridge_http_denied_total": guesses[:1], "bridge_http_refused_total": [({"code": "429"}, 3.0)]}
+    (finding,) = doctor.check_refusals(found)
+    assert "3 requests were refused with 429: an address sent too many wrong tokens" in finding.what
+    found = {"bridge_http_denied_total": guesses, "bridge_http_refused_total": [({"code": "429"}, 5.0)]}
+    assert "2 requests were refused with 429: above the allowance" in [*doctor.check_refusals(found)][1].what
 
 
 def test_another_version() -> None:

@@ -177,7 +177,7 @@ def test_a_token_is_asked_for_before_the_body(make_team: Callable[..., Daemon]) 
             assert int(answer.split()[1]) == status
             assert ("\r\nWWW-Authenticate: Bearer realm=" in answer) == (status == 401)
     denied = ask(("127.0.0.1", daemon.port), "GET", "/metrics", bearer("bob"))[2].decode()
-    assert 'bridge_http_denied_total{code="401"} 10.0' in denied
+    assert 'bridge_http_denied_total{code="401",reason="token"} 10.0' in denied
     assert all(secret not in daemon.log + denied for secret in SECRETS.values())
 
 

@@ -38,10 +38,11 @@ class Caller(NamedTuple):
 
 
 class Denial(NamedTuple):
-    """Why a request may not come in: an HTTP status, and what to do."""
+    """Why a request may not come in: an HTTP status, what to do, and what it lacks: a `token` or `allowance`."""
 
     code: int
     message: str
+    reason: str
 
 
 class Allowances:
@@ -130,16 +131,16 @@ class Access:
             return self._denied(address, is_absent=not secret)
         caller = Caller(address, source, is_local)
         if (source or not is_local) and not self._requests.take(caller.name):
-            return Denial(429, "too many requests; slow down, or have limits.requests_per_second raised")
+            return Denial(429, "too many requests; slow down, or have limits.requests_per_second raised", "allowance")
         return caller
 
     def _denied(self, address: str, *, is_absent: bool) -> Denial:
         if not self._failures.take(address):
-            return Denial(429, "too many requests with a wrong token; try again in a minute")
+            return Denial(429, "too many requests with a wrong token; try again in a minute", "token")
         what = "a token is needed" if is_absent else "this token is not known"
         return Denial(
             401, f"{what}; set OTEL_EXPORTER_OTLP_HEADERS=Authorization=Bearer%20TOKEN in the client, and ask whoever"
-            " runs this bridge for one (claude-otel-bridge token NAME)",
+            " runs this bridge for one (claude-otel-bridge token NAME)", "token",
         )  # fmt: skip
 
     def _origin(self, peer: str, forwarded: str) -> str:

@@ -210,20 +210,22 @@ class Receiver:
         if records.events:
             batch = _batch(records.events, signal)
             refused = (await self._post(batch, body, source)).refused if any(batch) else ()
-            for refusal in refused:
-                self._telemetry.dropped.labels(refusal.reason.value).inc()
+            self._note_refused(refused, "what log records or spans tell")
         return response(otlp.success(signal, encoding, len(refused), refusal_text(refused)), encoding.value)
 
     def _note(self, receipt: Receipt, service: str) -> None:
         telemetry = self._telemetry
         telemetry.accepted.inc(receipt.accepted)
         telemetry.duplicate.inc(receipt.duplicate)
-        for refusal in receipt.refused:
-            telemetry.dropped.labels(refusal.reason.value).inc()
-        if receipt.refused:
-            self._throttle.warning("refused", "refused data points", what=refusal_text(receipt.refused))
+        self._note_refused(receipt.refused, "data points")
         if receipt.accepted or receipt.duplicate:
             telemetry.note_export(service, Signal.METRICS.value)
+
+    def _note_refused(self, refused: tuple[Refusal, ...], what: str) -> None:
+        for reason, count in Counter(refusal.reason for refusal in refused).items():
+            self._telemetry.dropped.labels(reason.value).inc(count)
+            text = refusal_text(tuple(refusal for refusal in refused if refusal.reason is reason))
+            self._throttle.warning(f"refused {reason}", f"refused {what}", what=text)
 
 
 def _batch(records: list[Event], signal: Signal) -> Batch:

@@ -321,9 +321,17 @@ class Server(web.Server):
             answer = error_response(error, answer_encoding(request.headers.get("Content-Type", "")))
             if not request.path.startswith("/-/"):  # a supervisor that asks too early was not refused anything
                 self.telemetry.refused.labels(str(error.code)).inc()
+                self._tell(request, protocol, error)
         if self.draining:
             answer.force_close()
         return answer
+
+    def _tell(self, request: web.BaseRequest, protocol: "_Connection", error: Refused) -> None:
+        """A line in the log about a refusal of which there is none yet, but not of pages that a browser looks for."""
+        if error.code in (413, 503) or (error.code in (404, 405) and request.method != "POST"):
+            return
+        client = caller_of(request).address or protocol.peer
+        self.throttle.warning(f"http {error.code}", f"refused a request: {error}", code=error.code, client=client)
 
     def _guard(self, request: web.BaseRequest, protocol: "_Connection") -> None:
         """Refuse what a web page may have sent: foreign Host (DNS rebinding), foreign Origin, cross-site fetches."""
@@ -346,7 +354,7 @@ class Server(web.Server):
         if isinstance(admitted, Denial):
             if admitted.code == 429:
                 await asyncio.sleep(PENALTY_SECONDS)
-            self.telemetry.denied.labels(str(admitted.code)).inc()
+            self.telemetry.denied.labels(str(admitted.code), admitted.reason).inc()
             headers = {"WWW-Authenticate": f'Bearer realm="{HEADERS["Server"]}"'} if admitted.code == 401 else {}
             raise Refused(admitted.code, admitted.message, headers)
         return admitted
