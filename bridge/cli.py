@@ -76,7 +76,21 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("statusline", help="one line for Claude Code's status line", description=_STATUSLINE)
     _add_client_commands(commands)
     _add_service(commands)
+    for name, command in commands.choices.items():
+        if name not in ("completion", "man"):
+            _add_place(command)
     return root
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    """Settings that may stand behind a command as well; what is not given there leaves what stands before it."""
+    place = command.add_argument_group("settings, here or before the command")
+    for flag, action, metavar, text in (
+        ("--listen", "append", "HOST:PORT", "address of the bridge, repeatable (localhost:4318)"),
+        ("--state-dir", "store", "DIR", "where the counters are kept"),
+        ("--config", "store", "FILE", "settings file (config.toml in the platform's place)"),
+    ):
+        place.add_argument(flag, action=action, metavar=metavar, help=text, default=argparse.SUPPRESS)
 
 
 _REPORT = """\

@@ -232,6 +232,18 @@ def test_usage_errors() -> None:
     assert run("config", "shwo").returncode == os.EX_USAGE
 
 
+def test_settings_may_stand_before_or_behind_a_command(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("retention_days = 3\n")
+    words = ["--config", str(file), "--state-dir", "/s", "--listen", "localhost:5", "--listen", "127.0.0.1:6"]
+    before, behind = run(*words, "config", "show"), run("config", "show", *words)
+    assert before.stdout == behind.stdout
+    for line in ('state_dir = "/s"', 'listen = ["localhost:5","127.0.0.1:6"]', "retention_days = 3.0"):
+        assert line in behind.stdout
+    assert 'state_dir = "/t"' in run("--state-dir", "/s", "config", "--state-dir", "/t", "show").stdout
+    assert "--state-dir DIR" in run("report", "--help").stdout
+
+
 def test_config_show_and_check(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text('listen = ["localhost:5318"]\n')
