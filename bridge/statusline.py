@@ -24,6 +24,8 @@ REPEAT_SECONDS = 60
 POST_SECONDS = 0.02
 MAX_INPUT = 4 * 2**20
 MAX_TEXT = 40
+MAX_PERCENT = 150
+"""Of a limit; the last request may lead beyond 100."""
 _WINDOWS = {"five_hour": "5h", "seven_day": "7d", "seven_day_opus": "7d Opus", "seven_day_sonnet": "7d Sonnet"}
 
 
@@ -60,7 +62,7 @@ def main(environment: Mapping[str, str], home: str, flags: Mapping[str, Any] | N
     except Exception as error:  # a status line that ends with a traceback is shown as nothing
         sys.stdout.write(f"claude-otel-bridge: {type(error).__name__}; claude-otel-bridge doctor says more\n")
         return 0
-    limits = limits_of(told)
+    limits = limits_of(told, now)
     runs = bool(where.state_dir) and is_running(where.state_dir)
     text = line(told, limits, spent, now, runs=runs)
     sys.stdout.buffer.write(text.encode(errors="replace") + b"\n")
@@ -117,14 +119,16 @@ def _running(connection: sqlite3.Connection, names: reports.Names, now: int) -> 
     return None
 
 
-def limits_of(told: Mapping[str, Any]) -> list[Limit]:
-    """The official limits in what Claude Code told, as ratios."""
+def limits_of(told: Mapping[str, Any], now: float) -> list[Limit]:
+    """The official limits in what Claude Code told, as ratios; those that have begun anew since are left out."""
     members = told.get("rate_limits")
     found = []
     for window, limit in members.items() if isinstance(members, dict) else ():
         percent = number(limit.get("used_percentage")) if isinstance(limit, dict) else None
-        if percent is not None and 0 <= percent <= 1000 and len(window) <= MAX_TEXT:
-            found.append(Limit(window, round(percent / 100, 6), number(limit.get("resets_at")) or 0))
+        resets_at = (number(limit.get("resets_at")) if isinstance(limit, dict) else None) or 0
+        is_over = resets_at != 0 and resets_at <= now
+        if percent is not None and 0 <= percent <= MAX_PERCENT and not is_over and len(window) <= MAX_TEXT:
+            found.append(Limit(window, round(percent / 100, 6), resets_at))
     return found
 
 
