@@ -115,6 +115,8 @@ class Evidence:
     xrg_endpoint: str
     others: tuple[tuple[str, Transcripts], ...] = ()
     """What other tools wrote, by tool."""
+    denied: str = ""
+    """Why the bridge does not show its metrics."""
 
 
 def run(config: Config, environment: Mapping[str, str], *, as_json: bool) -> tuple[str, int]:
@@ -135,12 +137,17 @@ def examine(found: Evidence) -> list[Finding]:
         *check_others(found.others, found.metrics, found.now),
         *check_xrg_endpoint(found.xrg_endpoint, found.endpoint),
     ]
+    if found.denied:
+        todo = "set BRIDGE_TOKEN to a token that the bridge knows: claude-otel-bridge token NAME makes one"
+        what = f"{found.denied}: exports, refusals and what XRG shows were not looked at"
+        findings.append(Finding(Status.WARN, "token", what, todo))
     if found.metrics is not None:
         findings += [
             *check_version(found.metrics),
             *check_exports(found.metrics, found.now),
             *check_refusals(found.metrics),
             *check_points(found.metrics),
+            *check_held(found.metrics),
             *check_clock(found.metrics, found.now),
         ]
     if found.profile is not None:
@@ -337,6 +344,17 @@ def check_points(metrics: Metrics) -> Iterator[Finding]:
     yield Finding(Status.OK, "points", f"{accepted:.0f} counted, {duplicates:.0f} came again and did not count twice")
 
 
+def check_held(metrics: Metrics) -> Iterator[Finding]:
+    """Whether the state went back, as after a restored backup, and has not caught up with what was served."""
+    lost, held = (_sum(metrics, name) for name in ("bridge_state_lost_commits_total", "bridge_held"))
+    what = "the state went back" + (f" {lost:.0f} transactions at the start" if lost else "")
+    if held:
+        todo = "nothing: they go on once it has caught up"
+        yield Finding(Status.WARN, "restored", f"{what}; {held:.0f} totals and series stand still", todo)
+    elif lost:
+        yield Finding(Status.OK, "restored", f"{what}; it has caught up")
+
+
 def check_clock(metrics: Metrics, now: float) -> Iterator[Finding]:
     latest = max((when for _, when in metrics.get("bridge_last_export_timestamp_seconds", [])), default=0)
     if latest > now + 5:
@@ -520,9 +538,12 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
     answers = tuple(_ask(place) for place in addresses)
     token = environment.get("BRIDGE_TOKEN", "")
     metrics = profile = None
+    denied = ""
     for place, answer in zip(addresses, answers, strict=True):
         if answer.instance and answer.instance == instance:
-            metrics = _metrics(place, token)
+            status, metrics = _metrics(place, token)
+            if status == 401:
+                denied = "BRIDGE_TOKEN is not known to the bridge" if token else "the bridge needs BRIDGE_TOKEN"
             profile = _get(place, "/v1/metrics", token)[1] if metrics is not None else None
             break
     return Evidence(
@@ -544,6 +565,7 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
         transcripts=_transcripts(claude_home / "projects"),
         xrg_endpoint=_xrg_endpoint(sys.platform, home),
         others=tuple(_others(environment, home)),
+        denied=denied,
     )
 
 
@@ -604,21 +626,22 @@ def _introduced(address: str, status: int, headers: "http.client.HTTPMessage") -
     return Answer(address, "", status, headers.get("Server", "").strip(), headers.get(INSTANCE_HEADER, ""))
 
 
-def _metrics(place: Place, token: str) -> Metrics | None:
+def _metrics(place: Place, token: str) -> tuple[int, Metrics | None]:
+    """The HTTP status, 0 where there is none, and the bridge's own metrics."""
     from prometheus_client.parser import text_string_to_metric_families
 
     metrics: dict[str, list[tuple[Mapping[str, str], float]]] = defaultdict(list)
     try:
         response, text = _get(place, "/metrics", token)
         if response.status != 200:
-            return None
+            return response.status, None
         text = "".join(line for line in text.splitlines(keepends=True) if line.startswith(_OWN))
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 metrics[sample.name].append((sample.labels, sample.value))
     except (OSError, http.client.HTTPException, ValueError):
-        return None
-    return metrics
+        return 0, None
+    return response.status, metrics
 
 
 def _is_alive(process: str) -> bool:

@@ -405,6 +405,26 @@ def test_a_disk_that_takes_no_commits_fails() -> None:
     assert statuses(doctor.check_refusals({"bridge_storage_ok": [({}, 1.0)]})) == []
 
 
+def test_a_state_that_went_back() -> None:
+    def f(held: float, lost: float) -> list[str]:
+        found: Metrics = {"bridge_held": [({}, held)], "bridge_state_lost_commits_total": [({}, lost)]}
+        return [f"{status} {what}" for status, _, what, _ in doctor.check_held(found)]
+
+    assert f(0, 0) == []
+    assert f(3, 7) == ["warn the state went back 7 transactions at the start; 3 totals and series stand still"]
+    assert f(3, 0) == ["warn the state went back; 3 totals and series stand still"]
+    assert f(0, 7) == ["ok the state went back 7 transactions at the start; it has caught up"]
+
+
+def test_a_bridge_that_asks_for_a_token(make_daemon: MakeDaemon) -> None:
+    secret = "s" * 40
+    daemon = make_daemon(env={"BRIDGE_LOOPBACK_TOKEN": "true", "BRIDGE_TOKEN": secret}).start()
+    for token, words in (("", "the bridge needs BRIDGE_TOKEN"), ("x" * 40, "not known to the bridge"), (secret, "")):
+        _, findings, _ = ask(daemon, {"BRIDGE_TOKEN": token})
+        assert words in told(findings, "warn", "token")
+        assert bool(told(findings, "warn", "token")) == bool(words)
+
+
 def test_wrong_tokens_are_no_flood() -> None:
     guesses: list[tuple[Mapping[str, str], float]] = [
         ({"code": "429", "reason": "token"}, 3.0),
