@@ -1,7 +1,8 @@
 """`doctor`: what works and what does not, from the tools to XRG, worst first, each with what to do.
 
-Law: it changes nothing, needs no daemon, no home and no PATH, and talks to loopback addresses only. `gather` looks
-at the world, once; every check is a pure function of what it found. The exit code is 1 if anything fails.
+Law: it changes nothing, needs no daemon, no home and no PATH, and talks to loopback addresses only; where no bridge is
+kept, also to the one that Claude Code is set to export to, with what it would send. `gather` looks at the world, once;
+every check is a pure function of what it found. The exit code is 1 if anything fails.
 """
 
 import contextlib
@@ -21,12 +22,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 from bridge import __version__, edits, filesystem, setup, store
 from bridge.config import Config
 from bridge.daemon import default_state_dir
 from bridge.listeners import own_certificate, split_address
 from bridge.model import DROP_TEXT, Drop
+from bridge.place import NAME
 from bridge.store import Inspection, StoreUnavailable
 from bridge.tools import claude_code, known
 from bridge.web.access import is_loopback
@@ -117,6 +120,8 @@ class Evidence:
     """What other tools wrote, by tool."""
     denied: str = ""
     """Why the bridge does not show its metrics."""
+    elsewhere: Answer | None = None
+    """Where no bridge is kept on this machine: what the one said that Claude Code is set to export to."""
 
 
 def run(config: Config, environment: Mapping[str, str], *, as_json: bool) -> tuple[str, int]:
@@ -129,10 +134,14 @@ def run(config: Config, environment: Mapping[str, str], *, as_json: bool) -> tup
 def examine(found: Evidence) -> list[Finding]:
     """All findings, worst first."""
     findings = [
-        *check_daemon(found.answers, found.instance, found.holder),
+        *(
+            check_elsewhere(found.elsewhere)
+            if found.elsewhere
+            else check_daemon(found.answers, found.instance, found.holder)
+        ),
         *check_directory(found.directory, found.user),
         *check_database(found.inspection),
-        *check_claude(found.layers, found.endpoint),
+        *check_claude(found.layers, found.elsewhere.address if found.elsewhere else found.endpoint),
         *check_transcripts(found.transcripts, found.metrics, found.now),
         *check_others(found.others, found.metrics, found.now),
         *check_xrg_endpoint(found.xrg_endpoint, found.endpoint),
@@ -212,6 +221,24 @@ def check_daemon(answers: tuple[Answer, ...], instance: str, holder: str) -> Ite
         where = ", ".join(f"{answer.address} ({answer.problem})" for answer in silent)
         todo = "restart it; clients that take localhost for that address are refused"
         yield Finding(Status.WARN, "daemon", f"nothing answers on {where}", todo)
+
+
+def check_elsewhere(answer: Answer) -> Iterator[Finding]:
+    """Does the bridge of another machine take what Claude Code would send?"""
+    address, problem, status, server, _ = answer
+    if problem:
+        todo = "see whether it runs and can be reached from here; ask whoever runs it"
+        yield Finding(Status.FAIL, "daemon", f"{address}, to which Claude Code exports: {problem}", todo)
+    elif server != NAME:
+        what = f"{address}, to which Claude Code exports, is another program ({server or 'without a name'})"
+        yield Finding(Status.WARN, "daemon", what, "see whether that is meant: claude-otel-bridge setup changes it")
+    elif status == 401:
+        todo = f"BRIDGE_TOKEN=... claude-otel-bridge setup --write --endpoint {address}, with the token you were given"
+        yield Finding(Status.FAIL, "daemon", f"the bridge at {address} does not know the token, or there is none", todo)
+    elif status in (403, 421, 429, 503):
+        yield Finding(Status.WARN, "daemon", f"the bridge at {address} answers {status}", "ask whoever runs it")
+    else:
+        yield Finding(Status.OK, "daemon", f"the bridge at {address} answers and takes what comes from here")
 
 
 def check_version(metrics: Metrics) -> Iterator[Finding]:
@@ -546,6 +573,13 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
                 denied = "BRIDGE_TOKEN is not known to the bridge" if token else "the bridge needs BRIDGE_TOKEN"
             profile = _get(place, "/v1/metrics", token)[1] if metrics is not None else None
             break
+    layers = (
+        Layer(SHELL, environment),
+        _layer(claude_home / "settings.json"),
+        *(_layer(path, is_managed=True) for path in managed),
+    )
+    inspection = _inspection(directory)
+    is_kept_here = inspection is not None or any(not answer.problem for answer in answers)
     return Evidence(
         now=time.time(),
         endpoint=endpoint,
@@ -556,17 +590,50 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
         metrics=metrics,
         profile=profile,
         directory=_directory(directory),
-        inspection=_inspection(directory),
-        layers=(
-            Layer(SHELL, environment),
-            _layer(claude_home / "settings.json"),
-            *(_layer(path, is_managed=True) for path in managed),
-        ),
+        inspection=inspection,
+        layers=layers,
         transcripts=_transcripts(claude_home / "projects"),
         xrg_endpoint=_xrg_endpoint(sys.platform, home),
         others=tuple(_others(environment, home)),
         denied=denied,
+        elsewhere=None if is_kept_here else _elsewhere(layers),
     )
+
+
+def _elsewhere(layers: Iterable[Layer]) -> Answer | None:
+    """The bridge of another machine that Claude Code is set to export to, asked; None where it is set to none."""
+    variables = {name: value for layer in layers for name, value in layer.variables.items()}
+    url = variables.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+    try:
+        address = setup.remote(url)
+        host = urlsplit(address).hostname or ""
+    except (setup.SetupError, ValueError):
+        return None
+    if host == "localhost" or is_loopback(host):
+        return None
+    return ask_elsewhere(address, variables.get(setup.HEADERS, ""))
+
+
+def ask_elsewhere(address: str, headers: str) -> Answer:
+    """What a bridge at an address (`https://host:4318`) says to what a tool sends with these OTLP headers."""
+    parts = urlsplit(address)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    pairs = (part.partition("=") for part in headers.split(",") if "=" in part)
+    sent = {name.strip(): unquote(value.strip()) for name, _, value in pairs}
+    try:
+        connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT_SECONDS)
+        try:
+            connection.request("GET", "/v1/metrics", headers=sent)
+            response = connection.getresponse()
+            return _introduced(address, response.status, response.headers)
+        finally:
+            connection.close()
+    except TimeoutError:
+        return Answer(address, f"no answer within {TIMEOUT_SECONDS:g} s")
+    except OSError as error:
+        return Answer(address, str(error.strerror or error))
+    except (http.client.HTTPException, ValueError):
+        return Answer(address, "", 0, "not an HTTP server")
 
 
 _NAMES = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}  # noqa: S104  # only asked

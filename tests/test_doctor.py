@@ -405,6 +405,36 @@ def test_a_disk_that_takes_no_commits_fails() -> None:
     assert statuses(doctor.check_refusals({"bridge_storage_ok": [({}, 1.0)]})) == []
 
 
+def test_a_bridge_elsewhere_is_asked_with_the_token_that_is_set(make_daemon: MakeDaemon) -> None:
+    secret = "s" * 40
+    daemon = make_daemon(env={"BRIDGE_LOOPBACK_TOKEN": "true", "BRIDGE_TOKEN": secret}).start()
+    address = f"http://127.0.0.1:{daemon.port}"
+
+    def f(headers: str) -> tuple[Status, str]:
+        (finding,) = doctor.check_elsewhere(doctor.ask_elsewhere(address, headers))
+        return finding.status, finding.what
+
+    assert f(f"Authorization=Bearer%20{secret}") == (
+        OK,
+        f"the bridge at {address} answers and takes what comes from here",
+    )
+    assert f("Authorization=Bearer%20wrong")[0] is FAIL
+    assert f("") == (FAIL, f"the bridge at {address} does not know the token, or there is none")
+    daemon.stop()
+    assert "refused" in f("")[1].lower()
+    with stranger(daemon.port):
+        assert f("") == (WARN, f"{address}, to which Claude Code exports, is another program (Other/1)")
+
+
+def test_a_client_of_a_team_is_not_sent_to_localhost(tmp_path: Path) -> None:
+    address = f"http://0.0.0.0:{free_port()}"  # not a loopback address, and no other machine's
+    code, findings, _ = run(tmp_path, "--listen", f"localhost:{free_port()}", env=environment(address))
+    assert code == 1
+    assert f"{address}, to which Claude Code exports: " in told(findings, "fail", "daemon")
+    assert told(findings, "ok", "claude") == f"Claude Code is set to export to {address}\n"
+    assert "localhost" not in told(findings, "fail", "daemon")
+
+
 def test_a_state_that_went_back() -> None:
     def f(held: float, lost: float) -> list[str]:
         found: Metrics = {"bridge_held": [({}, held)], "bridge_state_lost_commits_total": [({}, lost)]}
