@@ -176,8 +176,8 @@ EXHIBITS: dict[str, Exhibit] = {
         (
             Edit(
                 "bridge/recovery.py",
-                'for name in (f"{DATABASE}-wal", f"{DATABASE}-shm", DATABASE):',
-                "for name in (DATABASE,):",
+                'for end in ("-wal", "-shm", "") if',
+                'for end in ("",) if',
             ),
         ),
         ("tests/rigs/test_damage.py::test_the_log_of_a_damaged_database_goes_with_it",),

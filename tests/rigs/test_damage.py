@@ -166,7 +166,7 @@ def outcome(rig: RecoveringRig, image: Image) -> str:
     lost = {name: value for name, value in image.shown.items() if rig.held.get(name, value) < value}
     assert not lost, f"counters fell: {lost}"
     if rig.recovered:
-        assert [*rig.directory.glob("state.corrupt-*")]
+        assert bool(before) == bool([*rig.directory.glob("state.corrupt-*")])
         found = "replaced by the copy"
     elif rig.ledger.lost:
         found = "went back"
