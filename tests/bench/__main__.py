@@ -108,6 +108,7 @@ def main() -> int:
         except catalogue.PeerMissing as error:
             catalogue.say(f"without {name}: {error}")
     directory = arguments.output or catalogue.cache()
+    directory.mkdir(parents=True, exist_ok=True)
     path = directory / "bench.json"
     document = json.loads(path.read_text()) if path.exists() else {"versions": {}, "parts": {}}
     document["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
