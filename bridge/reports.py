@@ -51,9 +51,6 @@ class Amount(NamedTuple):
     def tokens(self) -> int:
         return self.input + self.output + self.cache_read + self.cache_write
 
-    def plus(self, other: "Amount") -> "Amount":
-        return Amount(*(x + y for x, y in zip(self, other, strict=True)))
-
 
 class Row(NamedTuple):
     """A sum of the store: of a day, an hour or a session (`key`), a model and a project; `last` is its last quarter."""

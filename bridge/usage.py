@@ -57,7 +57,6 @@ MAX_MODELS = 200
 MAX_CACHED = 10_000
 RECENT_MS = 600_000
 """History that is this new may still be told of by an event that was on its way at the first look."""
-SERVED_KINDS = (*KINDS, "usd", "requests")
 
 ESTIMATED_TOKENS = 1_000
 """Tokens that a metric's are priced by: a sum of many requests must not look like a long one."""

@@ -253,20 +253,17 @@ _EVERY_EVENT = frozenset(
 )
 _CALL = frozenset({"model", "request_id", "client_request_id", "speed", "query_source", "duration_ms", "effort"})
 
+_EVENT_COUNTS = (
+    "input_tokens",
+    "output_tokens",
+    "cache_read_tokens",
+    "cache_creation_tokens",
+    "cache_creation_5m_tokens",
+    "cache_creation_1h_tokens",
+)
+
 EVENT_KEYS: dict[str, frozenset[str]] = {
-    "api_request": _EVERY_EVENT
-    | _CALL
-    | {
-        "input_tokens",
-        "output_tokens",
-        "cache_read_tokens",
-        "cache_creation_tokens",
-        "cache_creation_5m_tokens",
-        "cache_creation_1h_tokens",
-        "cost_usd",
-        "cost_usd_micros",
-        "ttft_ms",
-    },
+    "api_request": _EVERY_EVENT | _CALL | {*_EVENT_COUNTS, "cost_usd", "cost_usd_micros", "ttft_ms"},
     "api_error": _EVERY_EVENT | _CALL | {"status_code", "attempt"},
     "api_retries_exhausted": _EVERY_EVENT | _CALL | {"status_code", "total_attempts", "total_retry_duration_ms"},
     "api_refusal": _EVERY_EVENT | _CALL | {"attempt", "server_fallback_hop"},
@@ -278,15 +275,6 @@ EVENT_KEYS: dict[str, frozenset[str]] = {
 }
 """The events that are asked for anything, and the attributes of them that may leave the decoder: nothing that a user
 or a model wrote, no command, no path, no error text."""
-
-_EVENT_COUNTS = (
-    "input_tokens",
-    "output_tokens",
-    "cache_read_tokens",
-    "cache_creation_tokens",
-    "cache_creation_5m_tokens",
-    "cache_creation_1h_tokens",
-)
 
 
 def read_event(event: Event) -> Usage | Drop | None:
