@@ -201,7 +201,7 @@ def _unpriced(report: Report) -> list[str]:
     if not report.unpriced:
         return [""]
     models = ", ".join(f"{plain(model)} ({tokens:,} tokens)" for model, tokens in report.unpriced)
-    return ["", f"* Without a price, so not in the cost: {models}. [prices] in config.toml can tell it."]
+    return ["", f"* Without a price, so not in the cost: {models}. [prices] in config.toml prices later ones."]
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------
