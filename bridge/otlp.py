@@ -79,6 +79,8 @@ KNOWN_OVERHEAD = 300
 MAX_KNOWN_POINT = 4_096
 """Bytes of a point beyond which it is not remembered."""
 MAX_GZIP_MEMBERS = 4
+WIRE_PIECE, PIECE = 16 * 2**10, 256 * 2**10
+"""Bytes that decompression takes and gives at a time, so that a bomb is found out before it has much memory."""
 MAX_INT64 = 2**63 - 1
 NO_RECORDED_VALUE = 1
 
@@ -126,21 +128,24 @@ def decompress(body: bytes, content_encoding: str, limit: int) -> bytes:
     if content_encoding == "identity":
         return body
     window = 31 if content_encoding == "gzip" else 15
-    output = b""
-    rest = body
+    pieces: list[bytes] = []
+    size, rest = 0, memoryview(body)
     for _ in range(MAX_GZIP_MEMBERS):
         stream = zlib.decompressobj(window)
-        try:
-            output += stream.decompress(rest, limit + 1 - len(output))
-        except zlib.error as error:
-            raise DecodeError(f"body is not {content_encoding}: {error}") from None
-        if len(output) > limit:
-            raise TooLarge(f"body is larger than {limit} bytes after decompression; {SIZE_ADVICE}")
+        while rest and not stream.eof:
+            try:
+                piece = stream.decompress(rest[:WIRE_PIECE], PIECE)
+            except zlib.error as error:
+                raise DecodeError(f"body is not {content_encoding}: {error}") from None
+            size += len(piece)
+            if size > limit:
+                raise TooLarge(f"body is larger than {limit} bytes after decompression; {SIZE_ADVICE}")
+            pieces.append(piece)
+            rest = rest[min(len(rest), WIRE_PIECE) - len(stream.unconsumed_tail) - len(stream.unused_data) :]
         if not stream.eof:
             raise DecodeError(f"{content_encoding} body is truncated")
-        rest = stream.unused_data
         if not rest:
-            return output
+            return b"".join(pieces)
         if content_encoding != "gzip":
             break
     raise DecodeError(f"{content_encoding} body has {len(rest)} bytes after its end")
