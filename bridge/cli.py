@@ -1,15 +1,20 @@
-"""The command line. Without arguments it runs the bridge. Sub-commands import what they need when they run."""
+"""The command line. Without arguments it runs the bridge. Sub-commands import what they need when they run.
+
+Law: what stands on the way of `report` starts fast; pathlib and the arguments of all other commands do not.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bridge import __version__
+from bridge.place import columns
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bridge.config import Config
 
 _EXAMPLES = """\
@@ -27,20 +32,34 @@ Flags win over environment over file.
 """
 
 
+class _Formatter(argparse.HelpFormatter):
+    """As wide as the terminal; argparse loads slow modules to find that out, for every argument."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"width": columns(80) - 2, **options})
+
+
+class _RawFormatter(_Formatter, argparse.RawDescriptionHelpFormatter):
+    """With descriptions as they stand."""
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, **options})
+
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
         self.exit(os.EX_USAGE, f"{self.prog}: {message}\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def parser(first: str = "") -> argparse.ArgumentParser:
+    """The command line: all of it, or, if its `first` word is `report`, no other command."""
     root = _Parser(
         prog="claude-otel-bridge",
         description="Accepts OTLP from Claude Code and other tools, keeps exact durable counters, serves them to XRG"
         " and Prometheus.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_RawFormatter,
         allow_abbrev=False,
     )
     root.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -65,6 +84,22 @@ def parser() -> argparse.ArgumentParser:
         help="if the state is damaged and there is no copy, begin anew; what was served stays the floor",
     )
     commands = root.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    if first != "report":
+        _add_state_commands(commands)
+    _add_report(commands)
+    if first != "report":
+        commands.add_parser("statusline", help="one line for Claude Code's status line", description=_STATUSLINE)
+        _add_client_commands(commands)
+        _add_service(commands)
+    for name, command in commands.choices.items():
+        if name not in ("completion", "man"):
+            _add_place(command)
+    return root
+
+
+def _add_state_commands(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    from pathlib import Path
+
     config = commands.add_parser("config", help="show or check the settings")
     config.add_argument("action", choices=("show", "check"), help="print the settings in force, or only check them")
     backup = commands.add_parser("backup", help="copy the state to a new file, also while the bridge runs")
@@ -72,14 +107,6 @@ def parser() -> argparse.ArgumentParser:
     token = commands.add_parser("token", help="make a token for a network client, printed once, or take one back")
     token.add_argument("name", metavar="NAME", help="of a user, team or machine; the label `source` of what it sends")
     token.add_argument("--remove", action="store_true", help="the token of this name is good for nothing any more")
-    _add_report(commands)
-    commands.add_parser("statusline", help="one line for Claude Code's status line", description=_STATUSLINE)
-    _add_client_commands(commands)
-    _add_service(commands)
-    for name, command in commands.choices.items():
-        if name not in ("completion", "man"):
-            _add_place(command)
-    return root
 
 
 def _add_place(command: argparse.ArgumentParser) -> None:
@@ -124,7 +151,7 @@ def _add_report(commands: Any) -> None:
         help="tokens and cost by day, session, project, model, ...",
         description=_REPORT,
         epilog=_REPORT_MORE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_RawFormatter,
     )
     kinds = ("daily", "weekly", "monthly", "session", "project", "model", "tool", "blocks")
     report.add_argument("kind", nargs="?", choices=kinds, default="daily", metavar="KIND", help=", ".join(kinds))
@@ -169,15 +196,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser(*words[:1]).parse_args(words)
+    home = os.path.expanduser("~")  # noqa: PTH111  # pathlib starts slowly
     if options.command == "report":
         from bridge import reporting
 
-        return reporting.run(options, os.environ, str(Path.home()))
+        return reporting.run(options, os.environ, home)
     if options.command == "statusline":
         from bridge import statusline
 
-        return statusline.main(os.environ, str(Path.home()), vars(options))
+        return statusline.main(os.environ, home, vars(options))
     from bridge import config as settings
 
     try:
@@ -226,7 +255,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     return daemon.run(config, accept_data_loss=options.accept_data_loss)
 
 
-def _check_start(config: "Config", file: Path | None) -> int:
+def _check_start(config: "Config", file: "Path | None") -> int:
     """Say whether the bridge would start with these settings: what they lead to, as tokens and certificates."""
     from bridge.config import listened
     from bridge.daemon import state_directory, tokens_in_force
@@ -254,7 +283,7 @@ def _check_prices(config: "Config", file: str) -> None:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def _back_up(file: Path, config: "Config") -> int:
+def _back_up(file: "Path", config: "Config") -> int:
     from bridge.daemon import state_directory
     from bridge.store import StateError, back_up
 
@@ -290,7 +319,7 @@ def _change_tokens(options: argparse.Namespace, config: "Config") -> int:
     return os.EX_OK
 
 
-def _exposed(file: Path) -> str:
+def _exposed(file: "Path") -> str:
     """Why a settings file must not be believed; empty if it may be: others could have written it."""
     found = file.stat()
     if found.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
@@ -301,8 +330,10 @@ def _exposed(file: Path) -> str:
     return ""
 
 
-def _config_file(given: str | None, *, of_system: bool) -> Path | None:
+def _config_file(given: str | None, *, of_system: bool) -> "Path | None":
     """The settings file: --config or BRIDGE_CONFIG, which must exist; else the first of the usual places that does."""
+    from pathlib import Path
+
     if named := given or os.environ.get("BRIDGE_CONFIG"):
         return Path(named).expanduser()
     file = Path("/etc/claude-otel-bridge/config.toml")
@@ -375,6 +406,8 @@ def _client_command(options: argparse.Namespace, config: "Config") -> int:
 
 def _statusline(config: "Config") -> str:
     """The command of the status line, with what is not as usual of the settings that it looks at."""
+    from pathlib import Path
+
     from bridge.config import Config
     from bridge.service import stable_command
     from bridge.setup import statusline_command

@@ -1,4 +1,4 @@
-"""Where the state is and where the bridge listens, for commands that must answer at once.
+"""Where the state is, where the bridge listens and how wide the terminal is, for commands that must answer at once.
 
 Law: the same flags, variables and files as for the daemon, and the same order of them; but only the few settings that
 are needed here are looked at, since reading and checking all of them takes longer than a whole report. Whether the
@@ -6,6 +6,7 @@ rest makes sense is said by the daemon, by `config check` and by `doctor`.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -78,3 +79,13 @@ def _said(file: str | None) -> dict[str, Any]:
         raise Misplaced(f"cannot read settings: {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Misplaced(f"{file}: {error}") from None
+
+
+def columns(otherwise: int) -> int:
+    """The width of the terminal; `otherwise` where there is none."""
+    if os.environ.get("COLUMNS", "").isdecimal():
+        return int(os.environ["COLUMNS"]) or otherwise
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or otherwise
+    except (AttributeError, OSError, ValueError):
+        return otherwise

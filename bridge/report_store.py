@@ -26,8 +26,12 @@ _NEXT = (
 _BLOCKS = (
     f"with recursive block(begin) as (select * from ({_NEXT.format('0')}) union all"
     f" select ({_NEXT.format('(begin + 5) * 4')}) from block where begin is not null)"
+    " select begin from block where begin is not null"
 )
 """Blocks of five hours: one seek for each, however much was used in it."""
+_IN_BLOCKS = (
+    "(select value as begin from json_each(?)) join rollup on quarter >= begin * 4 and quarter < (begin + 5) * 4"
+)
 _IN_TIME = "from rollup join session on session.id = rollup.session where quarter >= ? and quarter < ?"
 
 
@@ -53,7 +57,8 @@ class Limit(NamedTuple):
 
 def span(connection: sqlite3.Connection) -> tuple[int, int]:
     """The quarters [begin, end) that have usage."""
-    ((first, last),) = connection.execute("select min(quarter), max(quarter) from rollup")
+    # Asked for at once they would be looked for in all rows.
+    ((first, last),) = connection.execute("select (select min(quarter) from rollup), (select max(quarter) from rollup)")
     return (0, 0) if first is None else (first, last + 1)
 
 
@@ -71,30 +76,21 @@ def by_day_and_project(connection: sqlite3.Connection, segment: Segment) -> Iter
 
 def block_begins(connection: sqlite3.Connection, models: Iterable[int]) -> list[int]:
     """The hours since 1970 with which blocks of these models begin: that of the first use after the last block."""
-    return [
-        begin
-        for (begin,) in connection.execute(
-            f"{_BLOCKS} select begin from block where begin is not null", (_listed(models),)
-        )
-    ]
+    return [begin for (begin,) in connection.execute(_BLOCKS, (_listed(models),))]
 
 
-def by_block(connection: sqlite3.Connection, models: Iterable[int]) -> Iterator[Row]:
-    """By the hour that the block of these models begins with; also what others used in that time."""
+def by_block(connection: sqlite3.Connection, begins: Iterable[int]) -> Iterator[Row]:
+    """By the hour that a block begins with, whoever used what in it."""
+    sql = f"select begin, model, 0, max(quarter), {_AMOUNT} from {_IN_BLOCKS} group by 1, 2"
+    return _rows(connection.execute(sql, (_listed(begins),)))
+
+
+def by_block_and_project(connection: sqlite3.Connection, begins: Iterable[int]) -> Iterator[Row]:
     sql = (
-        f"{_BLOCKS} select begin, model, 0, max(quarter), {_AMOUNT} from block"
-        " join rollup on quarter >= begin * 4 and quarter < (begin + 5) * 4 group by 1, 2"
-    )
-    return _rows(connection.execute(sql, (_listed(models),)))
-
-
-def by_block_and_project(connection: sqlite3.Connection, models: Iterable[int]) -> Iterator[Row]:
-    sql = (
-        f"{_BLOCKS} select begin, model, {_PROJECT}, max(quarter), {_AMOUNT} from block"
-        " join rollup on quarter >= begin * 4 and quarter < (begin + 5) * 4"
+        f"select begin, model, {_PROJECT}, max(quarter), {_AMOUNT} from {_IN_BLOCKS}"
         " join session on session.id = rollup.session group by 1, 2, 3"
     )
-    return _rows(connection.execute(sql, (_listed(models),)))
+    return _rows(connection.execute(sql, (_listed(begins),)))
 
 
 def _listed(numbers: Iterable[int]) -> str:
@@ -118,7 +114,8 @@ def by_model(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[R
 
 
 def _rows(found: sqlite3.Cursor) -> Iterator[Row]:
-    return (Row(key, model, project, last, Amount(*amount)) for key, model, project, last, *amount in found)
+    make = Amount._make
+    return (Row(row[0], row[1], row[2], row[3], make(row[4:])) for row in found)
 
 
 def names(connection: sqlite3.Connection, *, with_sessions: bool, with_projects: bool) -> Names:

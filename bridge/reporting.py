@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from bridge import report_store, reports, tables
 from bridge.database import Unreadable, is_running, read
-from bridge.place import Misplaced, Place, find
+from bridge.place import Misplaced, Place, columns, find
 from bridge.reports import BLOCK_HOURS, PERIODS, QUARTER, Block, Names, Offset, Row, Selection
 from bridge.tables import Scope, ShownBlock, ShownLimit
 
@@ -153,7 +153,7 @@ def _ask(connection: sqlite3.Connection, kind: str, selection: Selection, zone: 
         by_block = report_store.by_block_and_project if has_projects else report_store.by_block
         first = report_store.first_request(connection, now - BLOCK_HOURS * 3600, now + 1, tools)
         limits = _limits(connection, tools, zone, now)
-        return Found(list(by_block(connection, models)), names, progress, first, begins, limits)
+        return Found(list(by_block(connection, begins)), names, progress, first, begins, limits)
     parts = (reports.limited(part, selection) for part in reports.segments(begin, end, zone.offset))
     rows = [row for part in parts for row in _rows(connection, kind, part, has_projects=has_projects)]
     return Found(rows, names, progress)
@@ -251,6 +251,8 @@ def _blocks(options: Namespace, found: Found, selection: Selection, zone: Zone, 
 
 
 def _is_within(block: Block, selection: Selection, zone: Zone) -> bool:
+    if selection.since is None and selection.until is None:
+        return True
     day = _today(zone, block.begin * 3600)
     return (selection.since or date.min) <= day <= (selection.until or date.max)
 
@@ -269,14 +271,10 @@ def _shown(block: Block, found: Found, zone: Zone, now: int) -> ShownBlock:
 
 
 def _minute(zone: Zone, at: int) -> str:
-    return f"{datetime.fromtimestamp(at + zone.offset(at), UTC):%Y-%m-%d %H:%M}"
+    local = at + zone.offset(at)
+    return f"{reports.day_of(local)} {local // 3600 % 24:02}:{local // 60 % 60:02}"
 
 
 def _width() -> int:
     """Columns of the terminal, at most WIDTH."""
-    if os.environ.get("COLUMNS", "").isdecimal():
-        return min(int(os.environ["COLUMNS"]), WIDTH)
-    try:
-        return min(os.get_terminal_size(sys.stdout.fileno()).columns or WIDTH, WIDTH)
-    except (OSError, ValueError):
-        return WIDTH
+    return min(columns(WIDTH), WIDTH)

@@ -7,6 +7,7 @@ quarters of an hour since 1970: every time zone's days begin with one. Nothing h
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from fnmatch import fnmatchcase
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 QUARTER = 900
@@ -180,6 +181,9 @@ def period(kind: str, day: int) -> str:
 
 def select(rows: Iterable[Row], names: Names, selection: Selection) -> Iterator[Row]:
     """The rows of the selected tools, models and projects."""
+    if not (selection.tools or selection.models or selection.projects):
+        yield from rows
+        return
     models = {
         number
         for number, model in names.models.items()
@@ -218,20 +222,22 @@ def report(kind: str, rows: Iterable[Row], names: Names, when: Callable[[int], s
     """The report of a kind. `rows` have days as keys where that is a period, else sessions or nothing; `when` names a
     quarter of an hour."""
     groups: dict[tuple[str, ...], list[Row]] = {}
+    group = _grouping(kind, names)
     for row in rows:
         if any(row.amount):
-            groups.setdefault(_group(kind, row, names), []).append(row)
-    entries = [entry(keys, members, names) for keys, members in groups.items()]
-    if kind in PERIODS:
-        entries.sort(key=lambda entry: entry.keys)
-    elif kind == "session":
+            groups.setdefault(group(row), []).append(row)
+    if kind == "session":
         last = {keys: max(row.last for row in members) for keys, members in groups.items()}
-        entries.sort(key=lambda entry: (last[entry.keys], entry.keys))
         entries = [
-            entry._replace(keys=(*_session_keys(entry, groups, names), when(last[entry.keys]))) for entry in entries
+            _of_session(entry(keys, groups[keys], names), groups[keys], names, when(last[keys]))
+            for keys in sorted(groups, key=lambda keys: (last[keys], keys))
         ]
     else:
-        entries.sort(key=lambda entry: (-entry.amount.cost, -entry.amount.tokens, entry.keys))
+        entries = [entry(keys, members, names) for keys, members in groups.items()]
+        if kind in PERIODS:
+            entries.sort(key=lambda entry: entry.keys)
+        else:
+            entries.sort(key=lambda entry: (-entry.amount.cost, -entry.amount.tokens, entry.keys))
     entries = [entry for entry in entries if any(entry.amount)]
     return summed(kind, entries, (row for members in groups.values() for row in members), names)
 
@@ -241,8 +247,9 @@ def summed(kind: str, entries: Iterable[Entry], rows: Iterable[Row], names: Name
     entries = tuple(entries)
     unpriced: dict[str, int] = {}
     for row in rows:
-        model = names.models[row.model].name
-        unpriced[model] = unpriced.get(model, 0) + row.amount.unpriced
+        if row.amount.unpriced:
+            model = names.models[row.model].name
+            unpriced[model] = unpriced.get(model, 0) + row.amount.unpriced
     found = sorted(
         ((model, tokens) for model, tokens in unpriced.items() if tokens > 0), key=lambda one: (-one[1], one[0])
     )
@@ -252,48 +259,55 @@ def summed(kind: str, entries: Iterable[Entry], rows: Iterable[Row], names: Name
 def total(amounts: Iterable[Amount]) -> Amount:
     """The sum of amounts."""
     columns = list(zip(*amounts, strict=True))
-    return Amount(*map(sum, columns)) if columns else Amount()
+    return Amount._make(map(sum, columns)) if columns else Amount()
 
 
-def _group(kind: str, row: Row, names: Names) -> tuple[str, ...]:
-    model = names.models[row.model]
+def _grouping(kind: str, names: Names) -> Callable[[Row], tuple[str, ...]]:
+    """What tells the entry that a row belongs to from others."""
+    models, projects = names.models, names.projects
     match kind:
         case "session":
-            return (str(row.key),)
+            return lambda row: (str(row.key),)
         case "project":
-            return (names.projects.get(row.project, ""),)
+            return lambda row: (projects.get(row.project, ""),)
         case "model":
-            return model.name, model.tool
+            return lambda row: (models[row.model].name, models[row.model].tool)
         case "tool":
-            return (model.tool,)
-    return (period(kind, row.key),)
+            return lambda row: (models[row.model].tool,)
+    periods = lru_cache(maxsize=None)(partial(period, kind))  # many rows of one day follow each other
+    return lambda row: (periods(row.key),)
 
 
-def _session_keys(
-    entry: Entry, groups: Mapping[tuple[str, ...], Sequence[Row]], names: Names
-) -> tuple[str, str, str]:  # fmt: skip
-    """A session's name, tool and the project that most of it was for."""
-    amounts: dict[str, int] = {}
-    for row in groups[entry.keys]:
-        project = names.projects.get(row.project, "")
-        amounts[project] = amounts.get(project, 0) + row.amount.tokens
+def _of_session(entry: Entry, rows: Sequence[Row], names: Names, last: str) -> Entry:
+    """An entry under its session's name, tool and the project that most of it was for."""
+    amounts = dict.fromkeys((names.projects.get(row.project, "") for row in rows), 0)
+    if len(amounts) > 1:
+        for row in rows:
+            amounts[names.projects.get(row.project, "")] += row.amount.tokens
     project = max(amounts, key=lambda name: (amounts[name], name))
-    return names.sessions.get(int(entry.keys[0]), ""), ", ".join(entry.tools), project
+    name = names.sessions.get(rows[0].key, "")
+    return Entry((name, ", ".join(entry.tools), project, last), *entry[1:])
 
 
 def entry(keys: tuple[str, ...], rows: Sequence[Row], names: Names) -> Entry:
     """Models and tools stand in the order of what they cost."""
+    if len(rows) == 1:
+        model = names.models[rows[0].model]
+        return Entry(keys, (model.name,), (model.tool,), rows[0].amount)
     models: dict[str, tuple[int, int]] = {}
     tools: dict[str, tuple[int, int]] = {}
     for row in rows:
         model = names.models[row.model]
+        more_cost, more_tokens = row.amount.cost, row.amount.tokens
         for weights, name in ((models, model.name), (tools, model.tool)):
             cost, tokens = weights.get(name, (0, 0))
-            weights[name] = cost + row.amount.cost, tokens + row.amount.tokens
-    return Entry(keys, _by_weight(models), _by_weight(tools), total(row.amount for row in rows))
+            weights[name] = cost + more_cost, tokens + more_tokens
+    return Entry(keys, _by_weight(models), _by_weight(tools), total([row.amount for row in rows]))
 
 
 def _by_weight(weights: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+    if len(weights) == 1:
+        return tuple(weights)
     return tuple(sorted(weights, key=lambda name: (-weights[name][0], -weights[name][1], name)))
 
 

@@ -8,7 +8,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
+from operator import attrgetter
 from typing import NamedTuple
 
 from bridge.reports import KEYS, Amount, Block, Burn, Entry, Report
@@ -26,6 +27,7 @@ TITLES = {
 }
 NOTE = "Cost is API-equivalent: what it comes to at API prices. A subscription has no bill per token."
 _NUMBERS = ("requests", "input", "output", "cache_read", "cache_write", "cache_write_1h", "tokens")
+_numbers = attrgetter(*_NUMBERS)
 _MODELS_WIDTH = 32
 
 
@@ -101,18 +103,19 @@ def _key(at: int, entry: Entry) -> str:
 
 
 def _amount_columns(report: Report) -> list[_Column]:
-    def number(title: str, priority: int, value: Callable[[Amount], int]) -> _Column:
-        return _Column(title, priority, is_number=True, cell=lambda entry: f"{value(entry.amount):,}")
+    def number(title: str, priority: int, name: str) -> _Column:
+        value = attrgetter(f"amount.{name}")
+        return _Column(title, priority, is_number=True, cell=lambda entry: f"{value(entry):,}")
 
     models = [_Column("Models", 1, is_number=False, cell=lambda entry: _models(entry.models))]
     return [
         *(models if report.kind != "model" else []),
-        number("Requests", 8, lambda amount: amount.requests),
-        number("Input", 4, lambda amount: amount.input),
-        number("Output", 3, lambda amount: amount.output),
-        number("Cache write", 6, lambda amount: amount.cache_write),
-        number("Cache read", 5, lambda amount: amount.cache_read),
-        number("Tokens", 0, lambda amount: amount.tokens),
+        number("Requests", 8, "requests"),
+        number("Input", 4, "input"),
+        number("Output", 3, "output"),
+        number("Cache write", 6, "cache_write"),
+        number("Cache read", 5, "cache_read"),
+        number("Tokens", 0, "tokens"),
         _Column("Cost", 0, is_number=True, cell=partial(_cost, report)),
     ]
 
@@ -140,19 +143,22 @@ def _fit(columns: list[_Column], entries: Sequence[Entry], whole: Entry, width: 
         if not victim.priority:
             break
         del widths[victim]
+    rules = ["─" * size for size in widths.values()]
+    whole_columns = [
+        _padded([column.title, *cells[column], sums[column]], size, right=column.is_number)
+        for column, size in widths.items()
+    ]
+    header, *rows, footer = ("  ".join(row).rstrip() for row in zip(*whole_columns, strict=True))
+    rule = "  ".join(rules)
+    return [header, rule, *rows, rule, footer]
 
-    def line(row: Iterable[str]) -> str:
-        shown = zip(row, widths.items(), strict=True)
-        return "  ".join(_pad(cell, size, right=column.is_number) for cell, (column, size) in shown).rstrip()
 
-    rule = "  ".join("─" * size for size in widths.values())
-    rows = map(line, zip(*(cells[column] for column in widths), strict=True))
-    return [line(column.title for column in widths), rule, *rows, rule, line(sums[column] for column in widths)]
-
-
-def _pad(cell: str, size: int, *, right: bool) -> str:
-    space = " " * (size - display_width(cell))
-    return space + cell if right else cell + space
+def _padded(cells: Sequence[str], size: int, *, right: bool) -> list[str]:
+    """Cells, each as wide as `size`."""
+    if all(map(str.isascii, cells)):
+        return [cell.rjust(size) for cell in cells] if right else [cell.ljust(size) for cell in cells]
+    spaces = (" " * (size - display_width(cell)) for cell in cells)
+    return [space + cell if right else cell + space for cell, space in zip(cells, spaces, strict=True)]
 
 
 def display_width(cell: str) -> int:
@@ -179,7 +185,8 @@ def _tail(name: str, most: int) -> str:
     return name if len(name) <= most else f"…{name[-most + 1 :]}"
 
 
-def _models(names: Sequence[str]) -> str:
+@lru_cache
+def _models(names: tuple[str, ...]) -> str:
     """As many models as there is room for, the most expensive first."""
     shown = ""
     for at, name in enumerate(names):
@@ -280,7 +287,7 @@ def blocks_json(shown: Sequence[ShownBlock], limits: Sequence[ShownLimit], repor
     for one in shown:
         begin, end = (_iso(hour * 3600) for hour in one.block[:2])
         row: dict[str, object] = {"start": begin, "end": end, "gap": one.block.is_gap, "active": one.burn is not None}
-        row |= {"models": one.entry.models, "tools": one.entry.tools, **_amounts(one.block.amount)}
+        row |= {"models": one.entry.models, "tools": one.entry.tools, **_amounts(one.entry.amount)}
         if one.burn is not None:
             row["burn"] = {
                 "tokens_per_minute": round(one.burn.tokens_per_minute, 3),
@@ -297,27 +304,36 @@ def blocks_json(shown: Sequence[ShownBlock], limits: Sequence[ShownLimit], repor
 def _dump(report: Report, scope: Scope, rows: dict[str, list[dict[str, object]]]) -> str:
     import json
 
-    whole = {
+    told = {
         "report": report.kind,
         "timezone": scope.timezone,
         "since": scope.since or None,
         "until": scope.until or None,
         "complete": scope.complete,
-        **rows,
-        "total": _amounts(report.total),
-        "unpriced_models": dict(report.unpriced),
     }
-    return json.dumps(whole, indent=2) + "\n"
+    sums = {"total": _amounts(report.total), "unpriced_models": dict(report.unpriced)}
+    # A row a line: the encoder that indents is six times slower.
+    lists = {name: [f"    {json.dumps(row)}" for row in members] for name, members in rows.items()}
+    members = [
+        *(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in told.items()),
+        *(f"  {json.dumps(name)}: {_listed(lines)}" for name, lines in lists.items()),
+        *(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in sums.items()),
+    ]
+    return "{\n" + ",\n".join(members) + "\n}\n"
+
+
+def _listed(lines: list[str]) -> str:
+    """A JSON array with a line for each member."""
+    return "[\n" + ",\n".join(lines) + "\n  ]" if lines else "[]"
 
 
 def _json_entry(kind: str, entry: Entry) -> dict[str, object]:
     names: dict[str, object] = dict(zip(KEYS[kind], entry.keys, strict=True))
-    lists = {"models": entry.models, "tools": entry.tools}
-    return {**names, **{name: list(values) for name, values in lists.items()}, **_amounts(entry.amount)}
+    return {**names, "models": entry.models, "tools": entry.tools, **_amounts(entry.amount)}
 
 
 def _amounts(amount: Amount) -> dict[str, object]:
-    counts: dict[str, object] = {name: getattr(amount, name) for name in _NUMBERS}
+    counts: dict[str, object] = dict(zip(_NUMBERS, _numbers(amount), strict=True))
     return {**counts, "cost_usd": amount.cost / NANO, "unpriced_tokens": amount.unpriced}
 
 
@@ -336,7 +352,7 @@ def as_csv(report: Report) -> str:
 
 def _csv_entry(entry: Entry) -> list[str]:
     texts = [*entry.keys, " ".join(entry.models), " ".join(entry.tools)]
-    counts = [str(getattr(entry.amount, name)) for name in _NUMBERS]
+    counts = map(str, _numbers(entry.amount))
     return [*map(_inert, texts), *counts, f"{entry.amount.cost / NANO:.9f}", str(entry.amount.unpriced)]
 
 

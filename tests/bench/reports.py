@@ -1,6 +1,6 @@
 """How long reports and the status line take on a big state: whole processes, and Python's own start beside them.
 
-    python -m tests.bench.reports [--days 730] [--sessions 30] [--runs 10]
+    python -m tests.bench.reports [--days 365] [--sessions 10] [--runs 10]
 
 The state has that many sessions a day, each of two to six quarters of an hour and two models, in twenty projects. A
 process is measured from its start to its end; CPU seconds are the system's for it. `--python` names an interpreter in
@@ -16,10 +16,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from bridge.reports import KINDS
 from bridge.store import DATABASE, Store
 from bridge.usage_store import REQUESTS, RollupKey, UsageStore
 
-COMMANDS = ("report daily", "report monthly", "report session", "report project", "report model", "report blocks")
+COMMANDS = (
+    *(f"report {kind}" for kind in (*KINDS, "blocks")),
+    "report session --json",
+)
 NOW = int(time.time())
 
 
@@ -37,8 +41,9 @@ def make_state(directory: Path, days: int, sessions: int) -> int:
         for number in range(days * sessions):
             session = usage.session("claude_code", f"{number:08x}-0000-4000-8000-000000000000").id
             start, project = NOW // 900 - number * 96 // sessions, choose.choice(projects)
+            used = choose.sample(models, 2)
             for quarter in range(start - choose.randrange(1, 6), start + 1):
-                for model in choose.sample(models, 2):
+                for model in used:
                     first, output, read, short, long, cost = (choose.randrange(10**6) for _ in range(6))
                     key = RollupKey(quarter, model, session, project, 0, REQUESTS)
                     rows.append((key, (choose.randrange(1, 60), first, output, read, short, long, cost, 0)))
@@ -68,8 +73,8 @@ def measured(command: list[str], environment: dict[str, str], runs: int) -> tupl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--days", type=int, default=730)
-    parser.add_argument("--sessions", type=int, default=30)
+    parser.add_argument("--days", type=int, default=365)
+    parser.add_argument("--sessions", type=int, default=10)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--python", default=sys.executable)
     options = parser.parse_args()
