@@ -75,6 +75,8 @@ COPY_SECONDS = 3_600.0
 YOUNG_OBJECTS = 10_000
 """New objects between two garbage collections: some commits make as many, and hardly any of them is garbage."""
 TOKENS_SECONDS = 2.0
+SWITCH_SECONDS = 0.001
+"""How long a thread computes while another waits for its turn: decoding must not hold up every answer and statement."""
 
 
 def default_state_dir(platform: str, environment: "os._Environ[str] | dict[str, str]", home: Path) -> Path:
@@ -92,6 +94,7 @@ def run(config: Config, *, accept_data_loss: bool = False) -> int:
     """Run the bridge until it is told to stop; the exit code. With `accept_data_loss` a damaged state without a copy
     begins anew."""
     os.umask(0o077)
+    sys.setswitchinterval(SWITCH_SECONDS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # a core has secrets
     try:
         configure_log(config.log_format, config.log_level, config.log_file)

@@ -17,6 +17,8 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from hashlib import blake2b
+from math import ceil
 from pathlib import PurePath
 from queue import SimpleQueue
 from time import monotonic, perf_counter
@@ -34,8 +36,13 @@ from bridge.usage_store import ModelRow, ServedRow
 
 MAX_GROUP = 256
 """Requests that share one commit."""
-MAX_GROUP_POINTS = 20_000
+MAX_GROUP_POINTS = 4_000
 """Data points beyond which no more requests join a group, so that one commit stays short."""
+MAX_PART = 250
+"""Data points of one body that share a transaction. A larger body is posted part by part, and what others send goes
+between; the parts are named by the body and their number, so this cannot change without a new schema."""
+USAGE_POINTS = 4
+"""A request that an event tells of takes as long as so many data points."""
 MAX_SCRAPERS = 64
 MAX_FAILURES, FAILURE_SECONDS = 3, 60.0
 """Failures of the disk within that time after which a new process has to look at it."""
@@ -115,6 +122,7 @@ class Ledger:
         self._clock_ms = clock_ms
         self._failed = failed
         self._queue: SimpleQueue[_Request | _Job | None] = SimpleQueue()
+        self._turn = asyncio.Lock()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._mark = mark
         self._recover = recover
@@ -164,9 +172,20 @@ class Ledger:
 
     async def post(self, batch: Batch, body: bytes, source: str = "") -> Receipt:
         """Count the points of one request body, which came with the token `source`; returns after the commit. Raises
-        StoreUnavailable and Unpostable."""
+        StoreUnavailable and Unpostable; of a large body the parts before may count then."""
+        post = Post(batch, body, source=source)
+        if _weight(batch) <= MAX_PART:
+            return await self._post(post)
+        receipts = []
+        for part in _parts(post):
+            async with self._turn:
+                receipts.append(await self._post(part))
+        accepted, duplicate = (sum(counts) for counts in zip(*(receipt[:2] for receipt in receipts), strict=True))
+        return Receipt(accepted, duplicate, tuple(refusal for receipt in receipts for refusal in receipt.refused))
+
+    async def _post(self, post: Post) -> Receipt:
         answer: asyncio.Future[Receipt] = self._loop.create_future()
-        self._queue.put(_Request(Post(batch, body, source=source), answer))
+        self._queue.put(_Request(post, answer))
         return await answer
 
     async def forget_requests(self, days: float) -> int:
@@ -181,9 +200,7 @@ class Ledger:
         self, row: TranscriptRow, usages: tuple[Usage, ...], points: tuple[DataPoint, ...], *, is_history: bool
     ) -> TranscriptRow:
         """Count what a transcript says, and remember how far it is read. Raises StoreUnavailable and Unpostable."""
-        answer: asyncio.Future[Receipt] = self._loop.create_future()
-        self._queue.put(_Request(Post(Batch(list(points), [], usages), b"", row, is_history), answer))
-        await answer
+        await self._post(Post(Batch(list(points), [], usages), b"", row, is_history))
         return row if row.id else row._replace(id=-1)
 
     async def transcripts(self) -> list[TranscriptRow]:
@@ -403,7 +420,7 @@ class Ledger:
             while len(waiting) < MAX_GROUP and points < MAX_GROUP_POINTS and not self._queue.empty():
                 waiting.append(self._queue.get())
                 if isinstance(waiting[-1], _Request):
-                    points += len(waiting[-1].post.batch.points)
+                    points += _weight(waiting[-1].post.batch)
             for task in waiting:
                 match task:
                     case None:
@@ -478,6 +495,26 @@ class Ledger:
         self.healthy = False
         for answer in answers:
             _reject(answer, error)
+
+
+def _weight(batch: Batch) -> int:
+    """How long a batch takes to post, in data points."""
+    return len(batch.points) + USAGE_POINTS * len(batch.usages)
+
+
+def _parts(post: Post) -> Iterator[Post]:
+    """A large post in parts of about MAX_PART."""
+    batch = post.batch
+    count = ceil(_weight(batch) / MAX_PART)
+    points, usages = ceil(len(batch.points) / count), ceil(len(batch.usages) / count)
+    name = blake2b(post.body).digest()
+    for at in range(count):
+        part = batch._replace(
+            points=batch.points[at * points : (at + 1) * points],
+            usages=batch.usages[at * usages : (at + 1) * usages],
+            refused=[] if at else batch.refused,
+        )
+        yield post._replace(batch=part, body=name + at.to_bytes(4))
 
 
 def _place_of(error: Exception) -> str:

@@ -110,10 +110,10 @@ class Receiver:
                 self._take(room)
                 taken += room
             body = await self._beside(len(wire), lambda: otlp.decompress(wire, content_encoding, self._limit))
-            answer = await self._beside(len(body), lambda: self._decode(body, encoding, signal))
-            if isinstance(answer, otlp.Records):
-                return await self._take_records(answer, body, signal, encoding, source)
-            receipt = await self._post(answer, body, source)
+            batch, records = await self._beside(len(body), lambda: self._decode(body, encoding, signal))
+            if records is not None:
+                return await self._take_records(records, batch, body, signal, encoding, source)
+            receipt = await self._post(batch, body, source)
         except otlp.DecodeError as error:
             raise Refused(400, str(error)) from None
         except otlp.TooLarge as error:
@@ -123,10 +123,10 @@ class Receiver:
             raise Refused(503, "the state cannot be written now; try again") from None
         except Unpostable as error:
             self._throttle.warning("fault", "a fault of the bridge; please report it", fault=error, signal=signal.value)
-            raise Refused(400, "this body brings out a fault of the bridge; nothing of it is counted") from None
+            raise Refused(400, "this body brings out a fault of the bridge; no more of it is counted") from None
         finally:
             self._in_flight -= taken
-        self._note(receipt, answer.points[0].metric.resource.get("service.name") if answer.points else "")
+        self._note(receipt, batch.points[0].metric.resource.get("service.name") if batch.points else "")
         rejected = len(receipt.refused)
         return response(otlp.success(signal, encoding, rejected, refusal_text(receipt.refused)), encoding.value)
 
@@ -186,20 +186,22 @@ class Receiver:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._decoder, work)
 
-    def _decode(self, body: bytes, encoding: Encoding, signal: Signal) -> Batch | otlp.Records:
+    def _decode(self, body: bytes, encoding: Encoding, signal: Signal) -> tuple[Batch, otlp.Records | None]:
+        """What is to be posted, and the log records or spans that tell it."""
         match signal:
             case Signal.METRICS:
                 batch = otlp.decode_metrics(body, encoding, self._content_keys, self._known)
-                return known.without_repeats(batch, body)
+                return known.without_repeats(batch, body), None
             case Signal.LOGS:
-                return otlp.decode_logs(body, encoding, self._event_keys, self._content_keys)
+                records = otlp.decode_logs(body, encoding, self._event_keys, self._content_keys)
             case Signal.TRACES:
-                return otlp.decode_traces(body, encoding, self._span_keys, self._content_keys)
+                records = otlp.decode_traces(body, encoding, self._span_keys, self._content_keys)
+        return _batch(records.events, signal), records
 
     # --- what came of it ---
 
     async def _take_records(
-        self, records: otlp.Records, body: bytes, signal: Signal, encoding: Encoding, source: str
+        self, records: otlp.Records, batch: Batch, body: bytes, signal: Signal, encoding: Encoding, source: str
     ) -> web.Response:
         """Count log records or spans by name; what they tell of goes into the ledger."""
         counter = self._telemetry.log_records if signal is Signal.LOGS else self._telemetry.spans
@@ -207,9 +209,8 @@ class Receiver:
         if records.counts:
             self._telemetry.note_export(records.service, signal.value)
         refused: tuple[Refusal, ...] = ()
-        if records.events:
-            batch = _batch(records.events, signal)
-            refused = (await self._post(batch, body, source)).refused if any(batch) else ()
+        if any(batch):
+            refused = (await self._post(batch, body, source)).refused
             self._note_refused(refused, "what log records or spans tell")
         return response(otlp.success(signal, encoding, len(refused), refusal_text(refused)), encoding.value)
 
