@@ -470,7 +470,8 @@ class Bookkeeper:
         if self._limit_met(origin) is None:
             self._books.new_series[origin.row.id] += 1
             self._books.new_of_source[origin.source] += 1
-            return replace(row, base=row.value or 0, born=self._commits + 1, birth=self._now)
+            row = replace(row, base=row.value or 0, born=self._commits + 1, birth=self._now)
+            return self._store.restart_series(row)
         series = self._overflow_of(origin)
         self._store.move_stream(stream.row.id, series, stream.row.labelled)
         stream.row = stream.row._replace(series=series)
@@ -644,7 +645,7 @@ class Bookkeeper:
         if row is None:
             expires = bool(instance) or any(known.is_of_a_session(name, text) for name, text in labels)
             born, now = self._commits + 1, self._now
-            new = SeriesRow(0, metric.id, job, instance, labels, 0, 0, 0, born, now, now, expires)
+            new = SeriesRow(0, metric.id, job, instance, labels, expires, 0, born, now, 0, 0, now)
             if self._was_shown(metric, new):
                 new = replace(new, born=0)
             row = self._store.add_series(key, new)

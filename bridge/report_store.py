@@ -153,8 +153,8 @@ def limits(connection: sqlite3.Connection, metric: str) -> list[Limit]:
     import json
 
     rows = connection.execute(
-        "select labels, series.value, time from series join metric on metric.id = series.metric"
-        " where metric.name = ? and kind = 'gauge' and typeof(series.value) in ('integer', 'real')",
+        "select labels, value, time from series join series_value using (id) join metric on metric.id = series.metric"
+        " where metric.name = ? and kind = 'gauge' and typeof(value) in ('integer', 'real')",
         (metric,),
     )
     told = ((dict(json.loads(labels)), value, time) for labels, value, time in rows)

@@ -5,7 +5,8 @@ stands in a transaction that ends with a synced commit (WAL, synchronous=FULL), 
 exactly the commits that returned, or one more. A commit number counts them.
 
 Tables, with what bounds them:
-  series       one row a counter or gauge, its lifetime value; never deleted
+  series       one row a counter or gauge: what stays of it; never deleted
+  series_value one row a series: its lifetime value, and when it came; short, since each export writes many of them
   stream       one row an OTLP stream: which series it feeds and who writes it
   run          one row a cumulative run, for ever (24 bytes of payload)
   delta_point  one row (writer, end time): 8 bytes a point, until 7 days after the writer's last point
@@ -14,8 +15,8 @@ Tables, with what bounds them:
   total        the lifetime totals of the XRG profile
   target       resource attributes by job and instance
 
-What is served (series, total, served) is proved: each row holds a checksum of itself, and every start reads the whole
-file, so that a flipped bit is found before it is shown.
+What is served (series, series_value, total, served) is proved: each row holds a checksum of itself, and every start
+reads the whole file, so that a flipped bit is found before it is shown.
 
 Beside it stand the mark of what was served (bridge/mark.py) and copies, `state-v1-<time>.db`: one an hour while
 something changes, and one before every migration. A migration is one transaction: a crash leaves the old schema or
@@ -69,9 +70,11 @@ create table metric (
 );
 create table series (
     id integer primary key, key blob not null unique, metric integer not null references metric,
-    job text not null, instance text not null, labels text not null, value, base, time integer not null,
-    born integer not null, birth integer not null, seen integer not null, expires integer not null,
-    proof integer not null
+    job text not null, instance text not null, labels text not null, expires integer not null, base,
+    born integer not null, birth integer not null, proof integer not null
+);
+create table series_value (
+    id integer primary key, value, time integer not null, seen integer not null, proof integer not null
 );
 create table stream (
     id integer primary key, key blob not null unique, series integer not null, writer integer not null,
@@ -481,10 +484,10 @@ class SeriesRow(msgspec.Struct, frozen=True, gc=False):
     """One series. Numbers are in 1/scale of the unit; what is shown is value - base. None: a gauge that has ended.
 
     One is made for nearly every point, which as a named tuple would take five times as long; so `fixed` keeps the
-    checksum of what never changes of it.
-    `time` is the latest point's (gauges take the later one), `seen` the arrival of the last point in Unix
-    milliseconds, `born` the commit in which the series appeared or came back and `birth` its time, `expires`
-    whether it leaves when its sender is silent.
+    checksum of all that a point leaves as it is.
+    `expires` says whether it leaves when its sender is silent, `born` is the commit in which it appeared or came back
+    and `birth` its time, `time` is the latest point's (gauges take the later one), `seen` the arrival of the last
+    point in Unix milliseconds.
     """
 
     id: int
@@ -492,13 +495,13 @@ class SeriesRow(msgspec.Struct, frozen=True, gc=False):
     job: str
     instance: str
     labels: tuple[tuple[str, str], ...]
-    value: Value | None
+    expires: bool
     base: Value
-    time: int
     born: int
     birth: int
+    value: Value | None
+    time: int
     seen: int
-    expires: bool
     fixed: int = 0
 
 
@@ -535,7 +538,10 @@ class Snapshot(NamedTuple):
 
 
 _PAIRS = msgspec.json.Decoder(tuple[tuple[str, str], ...])
-_SERIES_COLUMNS = "id, metric, job, instance, labels, value, base, time, born, birth, seen, expires"
+_SERIES = (
+    "select series.id, metric, job, instance, labels, expires, base, born, birth, value, time, seen, series.proof,"
+    " series_value.proof from series left join series_value on series_value.id = series.id"
+)
 
 
 def proof(row: tuple[Any, ...]) -> int:
@@ -568,12 +574,10 @@ def _value(stored: Any) -> Any:
 
 
 def _series_row(row: tuple[Any, ...]) -> SeriesRow:
-    series_id, metric, job, instance, labels, value, base, time, born, birth, seen, expires = row
-    pairs = _PAIRS.decode(labels)
-    return SeriesRow(
-        series_id, metric, job, instance, pairs, _value(value), _value(base), time, born, birth, seen, bool(expires),
-        proof((metric, job, instance, pairs, bool(expires))),
-    )  # fmt: skip
+    """A row of `_SERIES` without its checksums."""
+    series_id, metric, job, instance, labels, expires, base, born, birth, value, time, seen = row
+    fixed = (metric, job, instance, _PAIRS.decode(labels), bool(expires), _value(base), born, birth)
+    return SeriesRow(series_id, *fixed, _value(value), time, seen, proof(fixed))
 
 
 def _schema_of(connection: sqlite3.Connection) -> list[tuple[str, str | None]]:
@@ -582,7 +586,7 @@ def _schema_of(connection: sqlite3.Connection) -> list[tuple[str, str | None]]:
 
 def check_rows(connection: sqlite3.Connection) -> None:
     """Read what is served, and compare each row with its checksum. Raises StoreUnavailable."""
-    for row in connection.execute(f"select {_SERIES_COLUMNS}, proof from series"):
+    for row in connection.execute(_SERIES):
         _proved_series(row)
     for row in connection.execute("select name, value, proof from total"):
         proved(row)
@@ -591,18 +595,24 @@ def check_rows(connection: sqlite3.Connection) -> None:
 
 
 def _proved_series(row: tuple[Any, ...]) -> SeriesRow:
+    """A row of `_SERIES`. Raises StoreUnavailable when it is not what was written, or has no value."""
     try:
-        series = _series_row(row[:-1])
+        series = _series_row(row[:-2])
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise StoreUnavailable(f"database disk image is malformed: series {row[0]} cannot be read") from None
-    if _series_proof(series) != row[-1]:
+    if (series.fixed, _value_proof(series)) != row[-2:]:
         raise StoreUnavailable(f"database disk image is malformed: a row was changed: series {row[0]}")
     return series
 
 
-def _series_proof(row: SeriesRow) -> int:
-    changing = (row.value, row.base, row.time, row.born, row.birth, row.seen)
-    return zlib.crc32(msgspec.msgpack.encode(changing), row.fixed)
+def _fixed(row: SeriesRow) -> tuple[Any, ...]:
+    """What a point leaves as it is."""
+    return row.metric, row.job, row.instance, row.labels, row.expires, row.base, row.born, row.birth
+
+
+def _value_proof(row: SeriesRow) -> int:
+    """The checksum of what a point changes, going on from that of the rest: a value of another series fails it."""
+    return zlib.crc32(msgspec.msgpack.encode((row.value, row.time, row.seen)), row.fixed)
 
 
 def _run(row: tuple[Any, ...]) -> Run:
@@ -865,7 +875,7 @@ class Store:
                 [MetricRow(*row) for row in self.execute("select * from metric")],
                 [
                     row
-                    for row in map(_proved_series, self.execute(f"select {_SERIES_COLUMNS}, proof from series"))
+                    for row in map(_proved_series, self.execute(_SERIES))
                     if not row.expires or row.seen >= expired_before
                 ],
                 dict(map(proved, self.execute("select name, value, proof from total"))),
@@ -890,55 +900,38 @@ class Store:
         self.execute("update stream set series = ?, labelled = ? where id = ?", (series, labelled, stream))
 
     def series(self, key: bytes) -> SeriesRow | None:
-        row = self.execute(f"select {_SERIES_COLUMNS} from series where key = ?", (key,)).fetchone()
-        return row and _series_row(row)
+        row = self.execute(f"{_SERIES} where key = ?", (key,)).fetchone()
+        return row and _series_row(row[:-2])
 
     def series_by_id(self, series: int) -> SeriesRow:
-        row = self.execute(f"select {_SERIES_COLUMNS} from series where id = ?", (series,)).fetchone()
-        return _series_row(row)
+        row = self.execute(f"{_SERIES} where series.id = ?", (series,)).fetchone()
+        return _series_row(row[:-2])
 
     def add_series(self, key: bytes, row: SeriesRow) -> SeriesRow:
-        """Insert a series; the id of `row` is ignored, the result has the right one."""
-        labels = msgspec.json.encode(row.labels).decode()
-        row = msgspec.structs.replace(row, fixed=proof((row.metric, row.job, row.instance, row.labels, row.expires)))
+        """Insert what stays of a series, with an id of its own; its value is written by `write_series`."""
+        labels, fixed = msgspec.json.encode(row.labels).decode(), proof(_fixed(row))
         cursor = self.execute(
-            "insert into series (key, metric, job, instance, labels, value, base, time, born, birth, seen, expires,"
-            " proof) values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "insert into series (key, metric, job, instance, labels, expires, base, born, birth, proof)"
+            " values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                key,
-                row.metric,
-                row.job,
-                row.instance,
-                labels,
-                _stored(row.value),
-                _stored(row.base),
-                row.time,
-                row.born,
-                row.birth,
-                row.seen,
-                row.expires,
-                _series_proof(row),
+                key, row.metric, row.job, row.instance, labels, row.expires, _stored(row.base), row.born, row.birth,
+                fixed,
             ),
-        )
-        return msgspec.structs.replace(row, id=_rowid(cursor))
+        )  # fmt: skip
+        return msgspec.structs.replace(row, id=_rowid(cursor), fixed=fixed)
+
+    def restart_series(self, row: SeriesRow) -> SeriesRow:
+        """Update what changes when a series comes back; its value is written by `write_series`."""
+        fixed = proof(_fixed(row))
+        sql = "update series set base = ?, born = ?, birth = ?, proof = ? where id = ?"
+        self.execute(sql, (_stored(row.base), row.born, row.birth, fixed, row.id))
+        return msgspec.structs.replace(row, fixed=fixed)
 
     def write_series(self, rows: Iterable[SeriesRow]) -> None:
-        """Update what can change of a series."""
+        """Write what points change of series."""
         self.executemany(
-            "update series set value = ?, base = ?, time = ?, born = ?, birth = ?, seen = ?, proof = ? where id = ?",
-            [
-                (
-                    _stored(row.value),
-                    _stored(row.base),
-                    row.time,
-                    row.born,
-                    row.birth,
-                    row.seen,
-                    _series_proof(row),
-                    row.id,
-                )
-                for row in rows
-            ],
+            "insert or replace into series_value (id, value, time, seen, proof) values (?, ?, ?, ?, ?)",
+            [(row.id, _stored(row.value), row.time, row.seen, _value_proof(row)) for row in rows],
         )
 
     def metric(self, name: str, kind: str, unit: str) -> MetricRow | None:

@@ -43,7 +43,7 @@ def sums_of(path: Path) -> tuple[int, int]:
     """The commits that a database has counted: by the lifetime total, and by its series."""
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as reader:
         ((total,),) = reader.execute("select coalesce(sum(value), 0) from total where name = 'commits'")
-        ((series,),) = reader.execute("select coalesce(sum(value), 0) from series")
+        ((series,),) = reader.execute("select coalesce(sum(value), 0) from series_value")
         return total, series
 
 

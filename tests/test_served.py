@@ -161,7 +161,7 @@ def test_a_later_state_is_higher_than_an_earlier_one_everywhere(states: tuple[Va
 # --- the file --------------------------------------------------------------------------------------------------
 
 METRIC = MetricRow(1, "m", "counter", "", 1, "")
-ROW = SeriesRow(7, 1, "job", "", (("a", "b"),), 5, 0, 0, 1, 0, 1, False)
+ROW = SeriesRow(7, 1, "job", "", (("a", "b"),), expires=False, base=0, born=1, birth=0, value=5, time=0, seen=1)
 HISTOGRAM = Histogram((1.0,), (1, 2), 3, 4.5)
 MARK = Mark(
     3,
@@ -616,15 +616,32 @@ def test_a_changed_schema_is_damage(rig: MarkedRig) -> None:
 
 
 def test_a_changed_value_is_damage(rig: MarkedRig) -> None:
-    for table in ("series", "total", "served"):
+    for table, column in (("series", "born"), ("series_value", "value"), ("total", "value"), ("served", "value")):
         rig.send("{session: a, type: input, model: claude-opus-4-5, start: 0, time: 60, delta: 5}")
         rig.stop()
         image = rig.directory
         rig.directory = next(rig._directories)
         shutil.copytree(image, rig.directory)
         with closing(sqlite3.connect(rig.directory / DATABASE)) as writer, writer:
-            writer.execute(f"update {table} set value = value + 1")
+            writer.execute(f"update {table} set {column} = {column} + 1")
         with pytest.raises(Damaged, match="a row was changed"):
             rig.start()
         rig.directory = image
         rig.start()
+
+
+def test_a_missing_or_exchanged_value_is_damage(rig: MarkedRig) -> None:
+    rig.send("{session: a, type: input, start: 0, time: 60, delta: 5}")
+    rig.send("{session: b, type: input, start: 0, time: 60, delta: 6}")
+    rig.stop()
+    image = rig.directory
+    for sql in (
+        "delete from series_value where id = 1",
+        "replace into series_value select 1, value, time, seen, proof from series_value where id = 2",
+    ):
+        rig.directory = next(rig._directories)
+        shutil.copytree(image, rig.directory)
+        with closing(sqlite3.connect(rig.directory / DATABASE)) as writer, writer:
+            writer.execute(sql)
+        with pytest.raises(Damaged, match="a row was changed"):
+            rig.start()

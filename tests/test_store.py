@@ -448,7 +448,7 @@ def committed(rig: Rig) -> Shown:
     with closing(sqlite3.connect(f"file:{rig.directory / DATABASE}?mode=ro", uri=True)) as reader:
         ((commits,),) = reader.execute("select commits from meta")
         totals = dict(reader.execute("select name, value from total").fetchall())
-        return Shown(commits, totals, dict(reader.execute("select id, value from series").fetchall()))
+        return Shown(commits, totals, dict(reader.execute("select id, value from series_value").fetchall()))
 
 
 def assert_no_less(shown: Shown, earlier: Shown) -> None:

@@ -117,7 +117,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "comes_back_where_it_was": Exhibit(
         "a series that returns is a new counter",
-        (Edit(BOOKKEEPER, "return replace(row, base=row.value or 0, born", "return replace(row, born"),),
+        (Edit(BOOKKEEPER, "replace(row, base=row.value or 0, born", "replace(row, born"),),
         (SCHEDULES,),
     ),
     "cut_money": Exhibit(

@@ -233,7 +233,7 @@ class Schedule:
         totals = dict(self.storage.raw.execute("select name, value from total where value"))
         assert totals == +self.oracle.totals, f"{totals} is not {+self.oracle.totals}"
         shown = {}
-        sql = "select labels, value, base from series"
+        sql = "select labels, value, base from series join series_value using (id)"
         for labels, value, base in self.storage.raw.execute(sql):
             pairs = dict(_LABELS.decode(labels))
             shown[pairs.get("session.id", ""), pairs["type"]] = (value, base)
