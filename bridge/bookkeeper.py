@@ -50,7 +50,7 @@ from bridge.store import (
 from bridge.temporality import IDENTITY_BYTES, Run, advance, begins_run, delta_identity, refusal
 from bridge.tools import claude_code, known
 from bridge.usage import UsageBooks, UsageChange
-from bridge.values import add, subtract
+from bridge.values import add
 
 MAX_CACHED = 20_000
 """Streams, series, writers or runs that the writer keeps in memory; beyond it they are read from disk again."""
@@ -67,6 +67,8 @@ CUMULATIVE_FACTOR = 1_000
 OVERFLOW = (("otel.metric.overflow", "true"),)
 """The labels of the series that takes what is above a limit."""
 _NUMBER = (int, float)
+FED = 1
+"""The start of the run that says what transcripts have fed to a stream: no clock ever told it."""
 SOURCE = "bridge.source"
 """Among the labels of a series: the token that it came with. No attribute of a client has this key."""
 _IDENTIFYING = frozenset({"service.namespace", "service.name", "service.instance.id"})
@@ -427,19 +429,31 @@ class Bookkeeper:
             self._usage.add_metric(cell, tokens, time_ms, point.start // 1_000_000 or time_ms)
 
     def _feed_from_transcripts(self) -> None:
-        """With transcripts as the only source, they feed the tool's own families; OTLP stays out of those."""
-        for session, model, cell in self._usage.touched():
+        """With transcripts as the only source, they feed the tool's own families; OTLP stays out of those.
+
+        What a session is worth is one run of its stream. Before its first feed a series of its own may show what OTLP
+        told of the session, and stands still until the transcripts are worth more; in one that it shares with others
+        only what comes from now on is added.
+        """
+        for session, model, cell, before in self._usage.touched():
             if session.tool != claude_code.TOOL:
                 continue
+            known = {told[:2]: told[2] for told in claude_code.transcript_series(session.name, model, before)}
             for metric, attributes, worth in claude_code.transcript_series(session.name, model, cell):
                 origin = self._origin(metric)
                 if isinstance(origin, Drop):
                     continue
                 stream = self._stream(origin, DataPoint(metric, attributes, 0, 0, worth))
-                # The series shows what the transcripts are worth, and never less than it did.
-                missing = subtract(worth, self._series_row(stream.row.series).value or 0)
-                if missing:
-                    self._add(origin, stream, missing, 0)
+                key = (stream.row.id, FED, 0)
+                run = self._runs.get(key) or self._store.run(stream.row.id, FED)
+                if run is None:
+                    row = self._series_row(stream.row.series)
+                    is_own = any(name == "session.id" for name, _ in row.labels)
+                    run = Run(row.value or 0 if is_own else known.get((metric, attributes), 0), 0, 0)
+                amount, after = advance(run, worth, 0)
+                self._books.runs[key] = self._runs[key] = after
+                if amount:
+                    self._add(origin, stream, amount, 0)
 
     # --- what a point changes ---
 

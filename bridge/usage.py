@@ -499,12 +499,14 @@ class UsageBooks:
     def _worth(self, tool: str, cell: Cell) -> Worth:
         return worth(cell, reports_cost=tool in self._reporting)
 
-    def touched(self) -> list[tuple[SessionRow, str, Cell]]:
-        """The cells that changed since the last flush: session, model, cell."""
+    def touched(self) -> list[tuple[SessionRow, str, Cell, Cell]]:
+        """The cells that changed since the last flush: session, model, the cell and what it was."""
         self._book_reports()
         sessions = {row.id: row for row in self._sessions.values()}
         models = {row.id: row.name for row in self._models.values()}
-        return [(sessions[key[0]], models[key[1]], self._cells[key]) for key in self._dirty_cells]
+        return [
+            (sessions[key[0]], models[key[1]], self._cells[key], self._store.cell(*key)) for key in self._dirty_cells
+        ]
 
     def flush(self, commit: int, now: int) -> UsageChange:
         """Write what changed since the last flush; `commit` is the number that the transaction will get."""

@@ -22,12 +22,14 @@ import pytest
 
 from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import Ledger
+from bridge.model import Source, TranscriptRow, Usage
 from bridge.store import Store
 from bridge.telemetry import Telemetry, Throttle
 from bridge.tools.claude_code_lines import TRANSCRIPTS
 from bridge.transcripts import Follower
 from tests.daemon import Daemon
 from tests.recordings import delta_body, own_metric
+from tests.test_cases import rig_in
 from tests.test_store import io_error, watched
 from tests.transcript_tree import response
 
@@ -591,6 +593,20 @@ def test_with_source_transcripts_otlp_stays_out(make_daemon: Callable[..., Daemo
     assert sources(daemon) == expected
     daemon.restart()
     assert sources(daemon) == expected
+
+
+def test_with_source_transcripts_sessions_that_share_a_series_add_up(tmp_path: Path) -> None:
+    settings = LedgerSettings(source="transcripts", dropped=frozenset({"session.id"}))
+    with rig_in(tmp_path, settings) as rig:
+        for number, (session, output) in enumerate((("a", 10), ("b", 7), ("a", 5), ("c", 1), ("b", 2)), 1):
+            key = number.to_bytes(16, "big")
+            told = Usage("claude_code", Source.TRANSCRIPT, key, session, "m", number * 1000, 1, output, 0, 0, 0)
+            row = TranscriptRow(0, "/x.jsonl", 1, 1, b"", 0, 0, number, 1, b"")
+            rig.call(rig.ledger.post_transcript(row, (told,), (), is_history=False))
+            if number == 3:
+                rig.restart()
+        assert rig.shown['claude_code.token.usage{model="m",type="output"}'] == 25
+        assert rig.shown['claude_code.token.usage{model="m",type="input"}'] == 5
 
 
 def test_with_source_otlp_no_transcript_counts(make_daemon: Callable[..., Daemon]) -> None:
