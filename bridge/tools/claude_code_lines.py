@@ -119,9 +119,11 @@ def read_line(line: bytes, order: int) -> tuple[Usage, ...] | Drop:
     `order` is the Usage's, and its time where the line has none.
     """
     decoded = _decode(line)
-    if isinstance(decoded, Drop):
-        return decoded
-    record = _nested(decoded) if decoded.type == "progress" else decoded
+    return decoded if isinstance(decoded, Drop) else _said(decoded, order)
+
+
+def _said(line: _Line, order: int) -> tuple[Usage, ...] | Drop:
+    record = _nested(line) if line.type == "progress" else line
     return _usages(record, order) if record.type in _RESPONSES else ()
 
 
@@ -278,17 +280,10 @@ def _roots(variables: Mapping[str, str], home: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"{part.rstrip('/')}/projects" for part in expanded))
 
 
-_NOWHERE = b"\0"
-"""What stands in no line."""
-_BEFORE_HEAD = 256
-"""Bytes of a line among which `isSidechain` begins."""
-
-
 class Lines:
     """Reads the lines of one file; each is understood by itself.
 
-    Most lines repeat the response of the one before for another block of its content. They are told by their bytes:
-    the same from `isSidechain` to the content, message and model in it, then the same usage and the same request id.
+    Most lines repeat the response of the one before for another block of its content, and say nothing new.
     """
 
     state = b""
@@ -296,34 +291,32 @@ class Lines:
     def __init__(self, path: str, order: int, state: bytes) -> None:
         del path, state
         self._order = order
-        self._head = self._usage = self._request = _NOWHERE
+        self._last = _Record()
 
     def read(self, line: bytes) -> tuple[Usage, ...] | Drop:
-        at = line.rfind(b'"usage":')
-        if (
-            line.startswith(self._usage, at)
-            and line.find(self._request, at) >= 0
-            and line.find(self._head, 0, len(self._head) + _BEFORE_HEAD) >= 0
-        ):
+        record = _decode(line)
+        if isinstance(record, Drop):
+            return record
+        last = self._last
+        if record.request_id and record.request_id == last.request_id and _is_repeat(record, last):
             return ()
-        said = read_line(line, self._order)
-        self._remember(line, at, is_response=isinstance(said, tuple))
+        said = _said(record, self._order)
+        if isinstance(said, tuple):
+            self._last = record
         return said
-
-    def _remember(self, line: bytes, at: int, *, is_response: bool) -> None:
-        """Keep what a repeat of this line has in common with it, where its members stand as they always did."""
-        head = line.find(b'"isSidechain":', 0, _BEFORE_HEAD)
-        content = line.find(b'"content":', head, at)
-        request = line.find(b'"requestId":"', at)
-        if not is_response or min(at, head, content, request) < 0:
-            self._usage = _NOWHERE
-            return
-        self._head = line[head:content]
-        self._usage = line[at : line.rfind(b"}", at, request)]
-        self._request = line[request : line.find(b'"', request + 13) + 1]
 
     def gauges(self) -> tuple[DataPoint, ...]:
         return ()
+
+
+def _is_repeat(record: _Record, last: _Record) -> bool:
+    """Whether a line tells of the same response as the last one, with the same counts."""
+    return (
+        record.message == last.message
+        and record.is_sidechain == last.is_sidechain
+        and record.type == last.type == "assistant"
+        and record.is_api_error_message == last.is_api_error_message
+    )
 
 
 # `cache_read_input_tokens` and its like end so as well: there is no usage without this key.
