@@ -272,7 +272,7 @@ def _read_old_document(tool: Transcripts, descriptor: int, row: TranscriptRow, f
 
 def _read(tool: Transcripts, descriptor: int, row: TranscriptRow, start: int, end: int) -> Chunk:
     """Up to CHUNK bytes of complete lines from `start`; the row's `live` is where they end."""
-    lines = Lines(tool.keys, offset=start)
+    lines = Lines(tool.keys, tool.types, offset=start)
     reader = tool.reader(row.path, row.origin, row.state)
     usages: list[Usage] = []
     refused: dict[Drop, int] = {}
@@ -283,7 +283,8 @@ def _read(tool: Transcripts, descriptor: int, row: TranscriptRow, start: int, en
             break
         position += len(block)
         for line in lines.feed(block):
-            _take(reader.read(line), usages, refused)
+            if said := reader.read(line):
+                _take(said, usages, refused)
     more = position < end
     row = row._replace(live=lines.offset, state=reader.state)
     return Chunk(
@@ -324,7 +325,7 @@ def pieces(tool: Transcripts, path: str, row: TranscriptRow | None, *, is_histor
         elif not is_history and row.head == current:
             return
         done = row._replace(head=current, history=row.history_end, live=size)
-        lines, reader = Lines(tool.keys), tool.reader(path, row.origin, b"")
+        lines, reader = Lines(tool.keys, tool.types), tool.reader(path, row.origin, b"")
         position = taken = passed = 0
 
         def read(count: int) -> bytes:

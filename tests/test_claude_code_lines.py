@@ -26,7 +26,7 @@ LAWS = settings(derandomize=True, deadline=None, max_examples=300)
 
 def usages(content: bytes, order: int = 0) -> tuple[list[Usage], list[Drop]]:
     """All that a file says, repeats included, and why lines of it were refused."""
-    lines = Lines(TRANSCRIPTS.keys)
+    lines = Lines(TRANSCRIPTS.keys, TRANSCRIPTS.types)
     reader = TRANSCRIPTS.reader("", order, b"")
     read = [one for line in lines.feed(content) for one in all_of(reader.read(line))]
     return [one for one in read if isinstance(one, Usage)], [one for one in read if isinstance(one, Drop)]

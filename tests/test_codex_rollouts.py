@@ -73,7 +73,7 @@ def read(thread: Thread, size: int = 700) -> list[Usage]:
     """What a rollout says, a restart after each block."""
     usages: list[Usage] = []
     content, state = thread.content, b""
-    lines = Lines(TRANSCRIPTS.keys)
+    lines = Lines(TRANSCRIPTS.keys, TRANSCRIPTS.types)
     for start in range(0, len(content), size):
         reader = TRANSCRIPTS.reader(thread.file, thread.lines[0].time_ms, state)
         for line in lines.feed(content[start : start + size]):

@@ -102,6 +102,28 @@ def test_a_line_of_any_length_takes_bounded_memory() -> None:
     assert (lines.too_long, lines.offset) == (1, 65_536_000 + 14)
 
 
+@pytest.mark.parametrize(
+    ("line", "is_wanted"),
+    [
+        (b'{"type":"a","tokens":1}', True),
+        (b'{"id":1,"type":"b","in":{"tokens":1}}', True),
+        (b'{"id":1,"type":"c","in":{"tokens":1}}', False),
+        (b'{"type":"ab","tokens":1}', False),
+        (b'{"type" : "c","tokens":1}', True),
+        (b'{"in":{"type":"c"},"tokens":1}', True),
+        (b'{"in":{"tokens":1},"type":"c"}', True),
+        (b'{"text":"\\"type\\":\\"c\\"","tokens":1}', True),
+        (b'{"tokens":1}', True),
+        (BYTE_ORDER_MARK + b'{"type":"c","tokens":1}', True),
+        (b'{"type":"a"}', False),
+    ],
+)
+def test_only_lines_of_the_wanted_types_come_out(line: bytes, is_wanted: bool) -> None:
+    for cut in range(len(line)):
+        lines = Lines((KEY,), (b'a"', b'b"'))
+        assert bool(lines.feed(line[:cut]) + lines.feed(line[cut:] + b"\n")) is is_wanted
+
+
 @LAWS
 @given(st.lists(st.sampled_from([b'{"tokens":1}', b'{"other":2}', b'{"turn":3}', b'{"turn":{"tokens":1}}', b""])))
 def test_several_keys_find_the_lines_of_each_in_their_order(parts: list[bytes]) -> None:

@@ -320,4 +320,6 @@ def _is_repeat(record: _Record, last: _Record) -> bool:
 
 
 # `cache_read_input_tokens` and its like end so as well: there is no usage without this key.
-TRANSCRIPTS = Transcripts(_roots, (".jsonl",), (b'input_tokens"',), Lines)
+TRANSCRIPTS = Transcripts(
+    _roots, (".jsonl",), (b'input_tokens"',), Lines, types=(b'assistant"', b'progress"')
+)  # fmt: skip

@@ -136,7 +136,7 @@ _LINE = msgspec.json.Decoder(_Line)
 _KIND = msgspec.json.Decoder(_Kind)
 _ENCODE = msgspec.msgpack.Encoder().encode
 _STATE = msgspec.msgpack.Decoder(_State)
-_ASKED = frozenset({"session_meta", "turn_context", "event_msg", "token_usage_record"})
+_ASKED = ("session_meta", "turn_context", "event_msg", "token_usage_record")
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 
 
@@ -383,4 +383,5 @@ TRANSCRIPTS = Transcripts(
     (b'input_tokens"', b'cli_version"', b'approval_policy"'),
     Rollout,
     is_sequential=True,
+    types=tuple(f'{kind}"'.encode() for kind in _ASKED),
 )

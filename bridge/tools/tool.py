@@ -35,10 +35,11 @@ class Transcripts(NamedTuple):
     """Where a tool's transcripts lie and how they are read.
 
     `roots` takes the environment and the home directory. Only lines that hold one of `keys` as the end of a JSON key
-    (with its closing quote) are read. `reader` takes a file's path, its order (Unix ms of its beginning) and the state
-    of the reader before, empty at the start of a file. `is_sequential`: a line means nothing without those before it.
-    Files that end as `documents` say are no lines but one JSON value each, which is rewritten as a whole. With a
-    `folder` only what lies below a directory of that name is a transcript.
+    (with its closing quote) are read, and of `types` (as jsonl.Lines has them) if there are any. `reader` takes a
+    file's path, its order (Unix ms of its beginning) and the state of the reader before, empty at the start of a file.
+    `is_sequential`: a line means nothing without those before it. Files that end as `documents` say are no lines but
+    one JSON value each, which is rewritten as a whole. With a `folder` only what lies below a directory of that name is
+    a transcript.
     """
 
     roots: Callable[[Mapping[str, str], str], tuple[str, ...]]
@@ -48,6 +49,7 @@ class Transcripts(NamedTuple):
     is_sequential: bool = False
     documents: tuple[str, ...] = ()
     folder: str = ""
+    types: tuple[bytes, ...] = ()
 
     def holds(self, path: str) -> bool:
         """Whether a file below a root is a transcript."""
