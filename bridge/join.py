@@ -90,7 +90,8 @@ class Cell(NamedTuple):
     Costs in nano-dollars; `unpriced` counts tokens of requests whose cost nobody knows, `metrics_unpriced` those of
     metrics. `prompt` is what metrics tell of prompts as a whole: what was read from caches is among it. `covered` are
     requests of history that were made while the metrics already counted: never served, but the reports must not add
-    both up.
+    both up. `estimated_cost` is the part of the requests' cost that the price table says, `estimated_weight` what the
+    tokens weigh that it says this of.
     """
 
     requests: Tokens = NO_TOKENS
@@ -103,6 +104,16 @@ class Cell(NamedTuple):
     covered: Tokens = NO_TOKENS
     covered_cost: int = 0
     covered_unpriced: int = 0
+    estimated_cost: int = 0
+    estimated_weight: int = 0
+
+
+def request_cell(tokens: Tokens, cost: int | None, *, is_estimated: bool) -> Cell:
+    """The cell of one request; nobody knows the cost if that is None."""
+    if cost is None:
+        return Cell(tokens, unpriced=sum(tokens))
+    estimate = (cost, _weight(tokens)) if is_estimated else (0, 0)
+    return Cell(tokens, cost, estimated_cost=estimate[0], estimated_weight=estimate[1])
 
 
 class Worth(NamedTuple):
@@ -128,7 +139,8 @@ def worth(cell: Cell, *, reports_cost: bool = True) -> Worth:
         metrics = (max(metrics[0], cell.prompt - read - written), *metrics[1:])
     tokens = (max(requests[0], metrics[0]), max(requests[1], metrics[1]), read, written)
     if reports_cost:
-        extra = _beyond(tokens, metrics, cell.metrics_cost, requests, cell.requests_cost)
+        estimate = cell.estimated_cost, cell.estimated_weight
+        extra = _beyond(tokens, metrics, cell.metrics_cost, requests, cell.requests_cost, estimate)
         untold = 0 if cell.metrics_cost else sum(metrics)  # a client whose cost metric is switched off
         return Worth(tokens, cell.metrics_cost + extra, untold + min(cell.unpriced, sum(tokens) - sum(metrics)))
     extra = _beyond(tokens, requests, cell.requests_cost, metrics, cell.metrics_cost)
@@ -136,15 +148,23 @@ def worth(cell: Cell, *, reports_cost: bool = True) -> Worth:
     return Worth(tokens, cell.requests_cost + extra, cell.unpriced + unpriced)
 
 
-def _beyond(tokens: Tokens, known: Tokens, known_cost: int, other: Tokens, other_cost: int) -> int:
-    """The cost of the tokens beyond `known`, out of what `other` cost."""
+def _beyond(
+    tokens: Tokens, known: Tokens, known_cost: int, other: Tokens, other_cost: int, estimate: tuple[int, int] = (0, 0)
+) -> int:
+    """The cost of the tokens beyond `known`, out of what `other` cost; `estimate` is the cost and the weight of what
+    is priced by the table in that."""
     if tokens == known:
         return 0
-    if tokens == other:
-        # The other side is all there is, so its cost is the whole; it never lowers what is known.
-        return max(0, other_cost - known_cost)
     beyond = _weight(token - count for token, count in zip(tokens, known, strict=True))
-    return max(0, other_cost) * beyond // _weight(other)
+    if tokens != other:
+        return max(0, other_cost) * beyond // _weight(other)
+    # The other side is all there is, so its cost is the whole; it never lowers what is known.
+    rest = max(0, other_cost - known_cost)
+    estimated, weight = estimate
+    if weight <= beyond:
+        return rest
+    # Of some the cost is known and an estimate beside it: their difference is no part of the others' cost.
+    return min(rest, max(0, estimated) * beyond // weight)
 
 
 def _weight(tokens: Iterable[int]) -> int:
@@ -167,7 +187,11 @@ def beyond(cell: Cell, *, reports_cost: bool = True) -> Worth:
     told = add_worth(requests, Worth(cell.covered, cell.covered_cost, cell.covered_unpriced))
     if told == NOTHING:
         return worth(cell, reports_cost=reports_cost)
-    whole = cell._replace(requests=told.tokens, requests_cost=told.cost, unpriced=told.unpriced)
+    whole = cell._replace(
+        requests=told.tokens, requests_cost=told.cost, unpriced=told.unpriced,
+        estimated_cost=cell.estimated_cost + cell.covered_cost,
+        estimated_weight=cell.estimated_weight + _weight(cell.covered),
+    )  # fmt: skip
     return add_worth(worth(whole, reports_cost=reports_cost), told, -1)
 
 
@@ -217,6 +241,8 @@ def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
         _add(a.covered, b.covered, sign),
         a.covered_cost + sign * b.covered_cost,
         a.covered_unpriced + sign * b.covered_unpriced,
+        a.estimated_cost + sign * b.estimated_cost,
+        a.estimated_weight + sign * b.estimated_weight,
     )
 
 

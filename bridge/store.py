@@ -133,7 +133,8 @@ create table cell (
     metric_cache_write integer not null, metric_cost integer not null, metric_prompt integer not null,
     metric_unpriced integer not null, covered_input integer not null, covered_output integer not null,
     covered_cache_read integer not null, covered_cache_write integer not null, covered_cost integer not null,
-    covered_unpriced integer not null, primary key (session, model)
+    covered_unpriced integer not null, estimated_cost integer not null, estimated_weight integer not null,
+    primary key (session, model)
 ) without rowid;
 create table truth (
     model integer primary key, input integer not null, output integer not null, cache_read integer not null,
@@ -144,7 +145,8 @@ create table truth (
     pool_metric_cache_write integer not null, pool_metric_cost integer not null, pool_metric_prompt integer not null,
     pool_metric_unpriced integer not null, pool_covered_input integer not null, pool_covered_output integer not null,
     pool_covered_cache_read integer not null, pool_covered_cache_write integer not null,
-    pool_covered_cost integer not null, pool_covered_unpriced integer not null
+    pool_covered_cost integer not null, pool_covered_unpriced integer not null,
+    pool_estimated_cost integer not null, pool_estimated_weight integer not null
 );
 create table served (
     model integer not null, kind text not null, value integer not null, born integer not null, birth integer not null,

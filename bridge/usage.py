@@ -24,6 +24,7 @@ from bridge.join import (
     add_worth,
     beyond,
     has_metrics,
+    request_cell,
     settle,
     unite,
     worth,
@@ -436,7 +437,7 @@ class UsageBooks:
             if not row.is_history:
                 written = row.cache_write_5m + row.cache_write_1h
                 tokens = (row.input, row.shown_output, row.cache_read, written)
-                cell = Cell(tokens, row.cost or 0, sum(tokens) if row.cost is None else 0)
+                cell = request_cell(tokens, row.cost, is_estimated=row.cost_source == _PRICED)
                 session = self._session_by_id(row.session)
                 self._add_to_cell(session, row.model, add_cells(Cell(), cell, sign), row.time)
                 truth = self._truths[row.model]

@@ -413,7 +413,7 @@ class UsageStore:
 
     def write_cells(self, cells: Iterable[tuple[int, int, Cell]]) -> None:
         self._store.executemany(
-            f"insert or replace into cell values ({', '.join('?' * 21)})",
+            f"insert or replace into cell values ({', '.join('?' * 23)})",
             ((session, model, *_bounded(_flat(cell))) for session, model, cell in cells),
         )
 
@@ -423,7 +423,7 @@ class UsageStore:
 
     def write_truths(self, truths: Iterable[tuple[int, TruthRow]]) -> None:
         self._store.executemany(
-            f"insert or replace into truth values ({', '.join('?' * 27)})",
+            f"insert or replace into truth values ({', '.join('?' * 29)})",
             (
                 (model, *_bounded((*row.own.tokens, row.own.cost, row.own.unpriced, row.requests, *_flat(row.pool))))
                 for model, row in truths

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.join import KINDS, Cell, Observed, Tokens, Worth, add_cells, add_worth, settle, unite, worth
+from bridge.join import KINDS, Cell, Observed, Tokens, Worth, add_cells, add_worth, request_cell, settle, unite, worth
 from bridge.model import Source, Usage, UsageCell
 from bridge.pricing import normalise_model
 from bridge.store import Store
@@ -165,6 +165,22 @@ def test_prompts_are_divided_by_what_is_known_of_them() -> None:
     assert worth(a_request_lost, reports_cost=False).tokens == (60, 7, 30, 10)
     a_metric_lost = complete._replace(prompt=50, metrics=(0, 3, 20, 0))
     assert worth(a_metric_lost, reports_cost=False) == Worth((60, 7, 30, 10), 480)
+
+
+def test_where_the_table_says_more_than_the_tool_only_untold_requests_are_estimated() -> None:
+    a_request = (10, 200, 3000, 400)
+    line, event = (request_cell(a_request, cost, is_estimated=cost > 700) for cost in (1000, 700))
+    metric = Cell(metrics=a_request, metrics_cost=700)
+    told = add_cells(line, metric)
+    for _ in range(3):
+        told = add_cells(told, add_cells(line, metric))
+    assert worth(told).cost == 4 * 700
+    assert worth(add_cells(told, line)).cost == 4 * 700 + 1000
+    assert worth(add_cells(told, event)).cost == 4 * 700 + 1000  # nobody knows which of them metrics have told of
+    all_events = reduce(add_cells, [event] * 5, Cell(metrics=told.metrics, metrics_cost=told.metrics_cost))
+    assert worth(all_events).cost == 5 * 700
+    assert worth(add_cells(all_events, line)).cost == 5 * 700 + 1000
+    assert worth(add_cells(reduce(add_cells, [event] * 4, metric), line)).cost == 4 * 700 + 1000
 
 
 # --- settle ----------------------------------------------------------------------------------------------------
