@@ -23,6 +23,7 @@ from aiohttp import web
 from bridge import __version__, place, pricing, supervisor, tokens
 from bridge.bookkeeper import LedgerSettings, Recover
 from bridge.config import Config, listened
+from bridge.descriptors import ADVICE, ran_out
 from bridge.filesystem import distrust
 from bridge.join import KINDS
 from bridge.ledger import Ledger
@@ -328,11 +329,12 @@ class Copies:
         latest = newest_copy_time(self._directory)
         if commits == self._commits or 0 <= now - latest < COPY_SECONDS * 1000:
             return
-        self._commits = commits
         try:
             await asyncio.to_thread(keep_copy, self._directory, SCHEMA_VERSION, now)
         except StateError as error:
             log.warning(str(error))
+        else:
+            self._commits = commits
 
 
 async def _survey(ledger: Ledger, telemetry: Telemetry) -> None:
@@ -378,8 +380,14 @@ async def _every(seconds: float, work: Callable[[], Awaitable[object]], *, at_on
         if not at_once:
             await asyncio.sleep(seconds)
         at_once = False
-        with contextlib.suppress(StoreUnavailable):  # the next export's refusal says so
+        try:
             await work()
+        except StoreUnavailable:
+            pass  # the next export's refusal says so
+        except OSError as error:
+            if not ran_out(error):
+                raise
+            log.warning(ADVICE)
 
 
 def _log_type(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:

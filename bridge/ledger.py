@@ -442,6 +442,11 @@ class Ledger:
         except StoreUnavailable as error:
             self._refuse(bookkeeper, error, [request.answer for request in group])
             return
+        except OSError as error:  # what is loaded when it is first needed could not be
+            self._refuse(
+                bookkeeper, StoreUnavailable(str(error), disk_full=True), [request.answer for request in group]
+            )
+            return
         except Exception as error:  # a fault of ours; what others sent must not be lost for what one did
             bookkeeper.forget()
             if len(group) > 1:

@@ -21,6 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import msgspec
 
+from bridge.descriptors import passing_over
 from bridge.jsonl import Lines
 from bridge.model import DataPoint, Drop, TranscriptRow, Usage
 from bridge.packed import Damaged, NoUnpacker, unpacked
@@ -60,11 +61,12 @@ class Chunk(NamedTuple):
 
 
 def files(root: str, tool: Transcripts) -> list[tuple[str, int]]:
-    """The transcripts below a root with their sizes; links and what cannot be read are left out."""
+    """The transcripts below a root with their sizes; links and what cannot be read are left out. Raises OSError where
+    descriptors have run out, as all here do."""
     found: list[tuple[str, int]] = []
     pending = [root]
     while pending:
-        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+        with passing_over(), os.scandir(pending.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(entry.path)
@@ -103,25 +105,21 @@ def _is_real(directory: str) -> bool:
 
 def first_row(tool: Transcripts, path: str) -> TranscriptRow | None:
     """A file at the first look: its complete lines are history, or all of a document."""
-    try:
-        with _opened(path) as descriptor:
-            found = os.fstat(descriptor)
-            beginning = _beginning(path, descriptor)
-            origin = _origin(beginning, found.st_mtime_ns)
-            if tool.is_document(path) or is_packed(path):
-                size, changed = found.st_size, str(found.st_mtime_ns // 1_000_000).encode()
-                return TranscriptRow(
-                    0, path, found.st_dev, found.st_ino, version(found), 0, size, size, origin, changed
-                )  # fmt: skip
-            end = _last_line_end(descriptor, found.st_size)
-            return TranscriptRow(0, path, found.st_dev, found.st_ino, _head(beginning[:HEAD]), 0, end, end, origin)
-    except OSError:
-        return None
+    with passing_over(), _opened(path) as descriptor:
+        found = os.fstat(descriptor)
+        beginning = _beginning(path, descriptor)
+        origin = _origin(beginning, found.st_mtime_ns)
+        if tool.is_document(path) or is_packed(path):
+            size, changed = found.st_size, str(found.st_mtime_ns // 1_000_000).encode()
+            return TranscriptRow(0, path, found.st_dev, found.st_ino, version(found), 0, size, size, origin, changed)
+        end = _last_line_end(descriptor, found.st_size)
+        return TranscriptRow(0, path, found.st_dev, found.st_ino, _head(beginning[:HEAD]), 0, end, end, origin)
+    return None
 
 
 def moved_row(path: str, rows: Iterable[TranscriptRow]) -> TranscriptRow | None:
     """The row of a file that is known under another path where it is no more, with history that is not read yet."""
-    with contextlib.suppress(OSError), _opened(path) as descriptor:
+    with passing_over(), _opened(path) as descriptor:
         found = os.fstat(descriptor)
         for row in rows:
             if row.history < row.history_end and _is_same(descriptor, found, row) and not os.path.exists(row.path):  # noqa: PTH110
@@ -131,7 +129,7 @@ def moved_row(path: str, rows: Iterable[TranscriptRow]) -> TranscriptRow | None:
 
 def begun(path: str) -> int:
     """When a file was begun, in Unix ms; 0 of one that cannot be read."""
-    with contextlib.suppress(OSError), _opened(path) as descriptor:
+    with passing_over(), _opened(path) as descriptor:
         return _origin(_beginning(path, descriptor), os.fstat(descriptor).st_mtime_ns)
     return 0
 
@@ -224,7 +222,7 @@ def read_live(tool: Transcripts, path: str, row: TranscriptRow | None) -> Chunk 
 
 def read_old(tool: Transcripts | None, row: TranscriptRow) -> Chunk:
     """A piece of a file's history. Of a file that is gone or replaced there is none: it is followed as new."""
-    with contextlib.suppress(OSError):
+    with passing_over():
         if tool is not None and (chunk := _read_old(tool, row)):
             return chunk
     return skipped(row)._replace(again=True)

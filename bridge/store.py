@@ -47,6 +47,7 @@ from bridge.database import LOCK as LOCK
 from bridge.database import MIGRATIONS as MIGRATIONS
 from bridge.database import SCHEMA_VERSION as SCHEMA_VERSION
 from bridge.database import is_open, open_to_read
+from bridge.descriptors import ADVICE, ran_out
 from bridge.model import ExponentialHistogram, Histogram, Summary, Value
 from bridge.temporality import Run
 
@@ -191,7 +192,8 @@ create table transcript (
 
 class StoreUnavailable(Exception):
     """The disk or the database did not do what was asked. The text says why; the transaction may have reached the
-    disk or not, except where the disk takes no writes (full, over quota, read-only), where it did not."""
+    disk or not, except where the disk takes no writes now (full, over quota, read-only, no descriptor left), where it
+    did not."""
 
     def __init__(self, message: str, *, disk_full: bool = False) -> None:
         super().__init__(message)
@@ -672,9 +674,10 @@ class Store:
             raise self._unavailable(error) from error
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
-        """SQLite tells of a full disk; quotas and read-only file systems it takes for broken ones."""
+        """SQLite tells of a full disk; quotas, read-only file systems and a want of descriptors it takes for faults."""
         found = _unavailable(error)
-        if getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_WRITE" and (why := _refusal(self.path.parent)):
+        name = getattr(error, "sqlite_errorname", "")
+        if name.startswith(("SQLITE_IOERR_WRITE", "SQLITE_CANTOPEN")) and (why := _refusal(self.path.parent)):
             return StoreUnavailable(f"{found}; {why}", disk_full=True)
         return found
 
@@ -1067,6 +1070,8 @@ def _refusal(directory: Path) -> str:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
             file.write(bytes(65_536))
     except OSError as error:
+        if ran_out(error):
+            return ADVICE
         return error.strerror or "" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else ""
     return ""
 

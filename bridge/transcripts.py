@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from bridge.descriptors import ADVICE, ran_out
 from bridge.ledger import Ledger, Unpostable
 from bridge.model import TranscriptRow
 from bridge.packed import Damaged, NoUnpacker
@@ -121,6 +122,12 @@ class Follower:
                 except StoreUnavailable:
                     self._scanned_at = -SCAN_SECONDS  # finds again what was about to be read
                     await asyncio.sleep(ROOT_SECONDS)  # exports are refused too; the log says why
+                except OSError as error:
+                    if not ran_out(error):
+                        raise
+                    self._throttle.warning("descriptors", f"cannot read transcripts now: {ADVICE}")
+                    self._scanned_at = -SCAN_SECONDS
+                    await asyncio.sleep(ROOT_SECONDS)
         finally:
             if self._watcher is not None:
                 self._watcher.stop()
@@ -234,6 +241,8 @@ class Follower:
             try:
                 chunk = await self._in_reader(partial(read_live, tool, path, row))
             except OSError as error:
+                if ran_out(error):
+                    raise
                 if not isinstance(error, FileNotFoundError):
                     self._note_unreadable(path, error.strerror)
                 return
@@ -277,6 +286,8 @@ class Follower:
             if row is not None and is_history:
                 self._note_history(skipped(row))
         except (Damaged, OSError) as error:
+            if ran_out(error):
+                raise
             if not isinstance(error, FileNotFoundError):
                 self._note_unreadable(path, str(error))
             row = self._files.get(path)

@@ -18,7 +18,7 @@ FLOORS = (
     ("tools.*", "otlp", "naming", "temporality", "pricing", "exposition", "budgets", "jsonl", "packed", "edits",
      "config", "units", "tables"),
     ("tools.known",),
-    ("database", "place"),
+    ("database", "place", "descriptors"),
     ("store", "report_store", "supervisor", "control", "filesystem", "tokens", "watch", "reading"),
     ("mark", "recovery"),
     ("usage_store",),

@@ -6,6 +6,7 @@ its sender, who repeats it, is never counted twice; what is shown is committed a
 
 import errno
 import os
+import resource
 import sqlite3
 import stat
 import time
@@ -729,6 +730,32 @@ def raising(error: OSError) -> Callable[..., Any]:
         raise error
 
     return fail
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """This process opens no file in the block."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_database_that_no_descriptor_is_left_for_is_not_given_up(disk: FailingDisk, tmp_path: Path) -> None:
+    """After an I/O error it has to be opened again; until it can be, what is shown stays and exports are refused."""
+    with rig_in(tmp_path, connect=watched(disk)) as rig:
+        rig.post(BODIES[0])
+        with no_descriptors():
+            disk.fail_at(1)
+            for words in ("disk I/O error", *["too many open files"] * 4):
+                with pytest.raises(StoreUnavailable, match=words):
+                    rig.post(BODIES[1])
+            assert rig.totals == TRUTHS[0]
+        assert not rig.given_up
+        rig.post(BODIES[1])
+        assert rig.totals == TRUTHS[1]
 
 
 def test_a_failure_says_what_the_disk_said(disk: FailingDisk, tmp_path: Path) -> None:

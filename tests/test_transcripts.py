@@ -5,6 +5,7 @@ Most cases share one bridge and look at what a case adds; each has a project, a 
 
 import asyncio
 import contextlib
+import errno
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ from bridge.telemetry import Telemetry, Throttle
 from bridge.tools.claude_code_lines import TRANSCRIPTS
 from bridge.transcripts import Follower
 from tests.daemon import Daemon
+from tests.following import Sums, following
 from tests.recordings import delta_body, own_metric
 from tests.test_cases import rig_in
 from tests.test_store import io_error, watched
@@ -366,6 +368,40 @@ def test_an_unreadable_file_is_counted_and_read_when_it_can_be(make_daemon: Call
     assert eventually(lambda: own_metric(daemon, "bridge_transcript_errors_total") > 0)
     path.chmod(0o600)
     assert eventually(lambda: shown(daemon) == requests(1))
+
+
+@pytest.mark.parametrize("call", ["scandir", "open"])
+def test_history_stays_history_and_news_news_when_descriptors_run_out(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file or directory that cannot be opened then is not taken for an empty or absent one."""
+    root = tmp_path / "projects"
+    root.mkdir()
+    (root / "old.jsonl").write_bytes(response("msg_1", "req_1"))
+    works, left = getattr(os, call), 0
+
+    def fails(path: Any = ".", *rest: Any, **options: Any) -> Any:
+        nonlocal left
+        if left and str(path).startswith(str(root)):
+            left -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return works(path, *rest, **options)
+
+    async def story() -> Sums:
+        nonlocal left
+        left = 2
+        async with following(tmp_path / "state", {str(root): TRANSCRIPTS}) as bridge:
+            assert not bridge.served("claude_code")
+            left = 2 if call == "open" else 0
+            (root / "new.jsonl").write_bytes(response("msg_2", "req_2"))
+            assert await asyncio.to_thread(eventually, lambda: bridge.served("claude_code"))
+            assert [model["input"] for model in bridge.served("claude_code").values()] == [INPUT]
+            return await bridge.requests()
+
+    monkeypatch.setattr(os, call, fails)
+    monkeypatch.setattr("bridge.transcripts.ROOT_SECONDS", 0.01)
+    assert sum(tokens["input"] for tokens in asyncio.run(story()).values()) == 2 * INPUT
+    assert not left
 
 
 # --- what stands in lines ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A fault of the bridge that some request brings out: that request is refused, and nobody else notices."""
 
 import asyncio
+import errno
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import Ledger, Unpostable
 from bridge.model import Batch, Receipt, Source, TranscriptRow, Usage
-from bridge.store import Store
+from bridge.store import Store, StoreUnavailable
 from tests.test_cases import unsynced
 
 ROW = TranscriptRow(0, "/t.jsonl", 1, 1, b"", 0, 0, 0, 0)
@@ -29,6 +30,28 @@ async def post_all(ledger: Ledger) -> list[Receipt | BaseException]:
     posts = [Batch([], [], (usage(at, "poison" if at == 3 else "fine"),)) for at in range(1, 6)]
     answers = [asyncio.ensure_future(ledger.post(batch, b"%d" % at)) for at, batch in enumerate(posts)]
     return await asyncio.gather(*answers, return_exceptions=True)
+
+
+def test_what_cannot_be_loaded_for_want_of_descriptors_can_be_later(tmp_path: Path) -> None:
+    broken: list[BaseException] = []
+    left = [OSError(errno.EMFILE, "Too many open files", "prices.json")]
+
+    def price(_: Usage) -> int:
+        if left:
+            raise left.pop()
+        return 1
+
+    async def story() -> None:
+        ledger = Ledger(Store(tmp_path, unsynced), LedgerSettings(), lambda: 1_000, broken.append, price=price)
+        await ledger.start()
+        batch = Batch([], [], (usage(1, "fine"),))
+        with pytest.raises(StoreUnavailable, match="Too many open files"):
+            await ledger.post(batch, b"1")
+        assert (await ledger.post(batch, b"1")).accepted == 1
+        await ledger.stop()
+
+    asyncio.run(story())
+    assert not broken
 
 
 def test_one_request_is_refused_and_its_neighbours_count(tmp_path: Path) -> None:

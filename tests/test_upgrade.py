@@ -20,7 +20,7 @@ from bridge.daemon import Copies
 from bridge.store import DATABASE, MIGRATIONS, SCHEMA_VERSION, StateError, Store, connect, copies, superfluous
 from tests.databases import HERE
 from tests.test_cases import Rig, Telling, body_of, lines_of, read_point, read_story, rig_in, unsynced
-from tests.test_store import Around, io_error, watched
+from tests.test_store import Around, io_error, no_descriptors, watched
 
 NOW = 1_800_000_000_000
 HOUR_MS = 3_600_000
@@ -236,6 +236,20 @@ def test_copies_are_made_once_an_hour_while_something_changes(tmp_path: Path) ->
         rig.now_ms += 5 * HOUR_MS
         rig.call(hourly.keep())
         assert len(copies(rig.directory)) == 3, "nothing had changed"
+
+
+def test_a_copy_that_failed_is_made_at_the_next_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with rig_in(tmp_path) as rig:
+        rig.post(body_of([read_point("{session: s1, start: 1, time: 2, delta: 1}")]))
+        hourly = Copies(rig.directory, rig.ledger, lambda: rig.now_ms)
+        with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            rig.call(hourly.keep())
+        with monkeypatch.context() as full:
+            full.setattr("bridge.store.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+            rig.call(hourly.keep())
+        assert copies(rig.directory) == []
+        rig.call(hourly.keep())
+        assert len(copies(rig.directory)) == 1
 
 
 def test_a_copy_that_was_cut_short_is_none_and_goes(tmp_path: Path) -> None:
