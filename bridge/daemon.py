@@ -54,6 +54,7 @@ from bridge.store import (
 from bridge.telemetry import Telemetry, Throttle, configure_log, log
 from bridge.tokens import TokenError, Tokens
 from bridge.tools import known
+from bridge.tools.transcripts import TRANSCRIPTS
 from bridge.transcripts import Follower
 from bridge.watch import HANG_SECONDS, LoopWatch
 from bridge.web.access import Access, is_loopback
@@ -364,7 +365,7 @@ def _follower(config: Config, ledger: Ledger, telemetry: Telemetry, throttle: Th
     if not config.transcripts or config.source == "otlp":
         return None
     home = str(Path.home())
-    roots = {root: tool for tool in known.TRANSCRIPTS.values() for root in tool.roots(os.environ, home)}
+    roots = {root: tool for tool in TRANSCRIPTS.values() for root in tool.roots(os.environ, home)}
     return Follower(ledger, roots, telemetry, throttle)
 
 

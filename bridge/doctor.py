@@ -31,7 +31,8 @@ from bridge.listeners import own_certificate, split_address
 from bridge.model import DROP_TEXT, Drop
 from bridge.place import NAME
 from bridge.store import Inspection, StoreUnavailable
-from bridge.tools import claude_code, known
+from bridge.tools import claude_code
+from bridge.tools.transcripts import TRANSCRIPTS
 from bridge.web.access import is_loopback
 from bridge.web.metrics import INSTANCE_HEADER
 
@@ -754,7 +755,7 @@ def _layer(path: Path, *, is_managed: bool = False) -> Layer:
     return Layer(str(path), {name: str(value) for name, value in variables.items()}, "", is_managed)
 
 
-def _transcripts(root: Path, holds: Callable[[str], bool] = known.TRANSCRIPTS[claude_code.TOOL].holds) -> Transcripts:
+def _transcripts(root: Path, holds: Callable[[str], bool] = TRANSCRIPTS[claude_code.TOOL].holds) -> Transcripts:
     count, newest = 0, 0.0
     with contextlib.suppress(OSError):
         for path in root.rglob("*.json*"):
@@ -770,7 +771,7 @@ def _transcripts(root: Path, holds: Callable[[str], bool] = known.TRANSCRIPTS[cl
 
 def _others(environment: Mapping[str, str], home: Path) -> Iterator[tuple[str, Transcripts]]:
     for tool in _OTHERS:
-        kind = known.TRANSCRIPTS[tool]
+        kind = TRANSCRIPTS[tool]
         for root in kind.roots(environment, str(home)):
             found = _transcripts(Path(root), kind.holds)
             if found.files:

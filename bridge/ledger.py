@@ -31,6 +31,7 @@ from bridge.mark import Floors, Mark, Shown, series_name, state_of, write_mark
 from bridge.model import Batch, DataPoint, Exemplar, Kind, Observation, Receipt, TranscriptRow, Usage
 from bridge.store import Damaged, MetricRow, SeriesRow, Snapshot, Store, StoreUnavailable, TargetRow
 from bridge.tools import known
+from bridge.tools.transcripts import TRANSCRIPTS
 from bridge.usage import Price, Survey, UsageBooks, UsageChange, no_price
 from bridge.usage_store import ModelRow, ServedRow
 
@@ -114,7 +115,7 @@ class Ledger:
             price,
             normalise,
             known.REPORTING,
-            followed=frozenset(known.TRANSCRIPTS),
+            followed=frozenset(TRANSCRIPTS),
             asked=known.ASKED,
             hides_sessions=settings.hides_sessions,
         )

@@ -63,8 +63,9 @@ class Readers:
 
 
 async def _process() -> Process:
-    code = str(Path(__file__).parents[1])  # the same code as runs here, from wherever it is run
-    environment = {**os.environ, "PYTHONPATH": code}
+    # The same code as runs here, from wherever it is run; without a look for what else is installed.
+    code = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((code, *filter(None, sys.path)))}
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-P", "-m", "bridge.reading", stdin=PIPE, stdout=PIPE, env=environment
+        sys.executable, "-S", "-P", "-m", "bridge.reading", stdin=PIPE, stdout=PIPE, env=environment
     )

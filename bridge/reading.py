@@ -25,8 +25,8 @@ from bridge.descriptors import passing_over
 from bridge.jsonl import Lines
 from bridge.model import DataPoint, Drop, TranscriptRow, Usage
 from bridge.packed import Damaged, NoUnpacker, unpacked
-from bridge.tools import known
 from bridge.tools.tool import Transcripts
+from bridge.tools.transcripts import TRANSCRIPTS
 
 BLOCK = 256 * 2**10
 CHUNK = 8 * 2**20
@@ -375,12 +375,13 @@ LENGTH_BYTES = 4
 
 
 def can_be_sent(tool: Transcripts, row: TranscriptRow) -> bool:
-    """Whether a process may read a file's history: one that means something piece by piece, and has a name in text."""
+    """Whether a process may read a file's history: one that means something piece by piece, or is no larger than a
+    piece, and has a name in text."""
     try:
         row.path.encode()
     except UnicodeEncodeError:
         return False
-    return not tool.is_sequential and not tool.is_document(row.path) and not is_packed(row.path)
+    return not is_packed(row.path) and (not tool.is_document(row.path) or row.history_end <= CHUNK)
 
 
 def request(wanted: list[Wanted]) -> bytes:
@@ -401,7 +402,7 @@ def serve(source: BinaryIO, target: BinaryIO) -> None:
     """Read what is asked for until the source ends."""
     while len(length := source.read(LENGTH_BYTES)) == LENGTH_BYTES:
         wanted = _WANTED.decode(source.read(int.from_bytes(length, "big")))
-        chunks = [read_old(known.TRANSCRIPTS.get(tool), row) for tool, row in wanted]
+        chunks = [read_old(TRANSCRIPTS.get(tool), row) for tool, row in wanted]
         target.write(_framed(msgspec.msgpack.encode([chunk[:-1] for chunk in chunks])))
         target.flush()
 

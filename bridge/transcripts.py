@@ -45,8 +45,8 @@ from bridge.reading import (
 )
 from bridge.store import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle, log
-from bridge.tools import known
 from bridge.tools.tool import Transcripts
+from bridge.tools.transcripts import TRANSCRIPTS
 
 SCAN_SECONDS = 600.0
 """Between the scans that find what no event told; POLL_SECONDS where there are no events."""
@@ -420,7 +420,7 @@ class Follower:
         return (begun(path) if row is None else row.origin), path
 
 
-_NAMES = {tool.roots: name for name, tool in known.TRANSCRIPTS.items()}
+_NAMES = {tool.roots: name for name, tool in TRANSCRIPTS.items()}
 
 
 # --- files -----------------------------------------------------------------------------------------------------

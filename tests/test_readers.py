@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,10 @@ from bridge.ledger import Ledger
 from bridge.pricing import normalise_model
 from bridge.readers import Readers
 from bridge.reading import Chunk, Wanted
+from bridge.tools import codex_lines, gemini_lines
 from bridge.tools.claude_code_lines import TRANSCRIPTS
+from bridge.tools.tool import Transcripts
+from tests import codex_tree, gemini_tree
 from tests.following import Following, following
 from tests.transcript_tree import START_MS, Truth, response, timestamp, write_tree
 
@@ -82,6 +86,33 @@ def test_what_processes_read_is_the_truth_and_lines_written_meanwhile_are_served
             assert bridge.served("claude_code")["live"]["input"] == 30
             assert bridge.served("claude_code").keys() <= {"live"}
             await until(lambda: started(bridge) is None)
+
+    asyncio.run(follow())
+
+
+def codex_store(home: Path) -> tuple[Path, Transcripts, dict[str, Counter[str]]]:
+    truth = codex_tree.write_store(home, threads=16, size=900_000)
+    return home / "sessions", codex_lines.TRANSCRIPTS, truth
+
+
+def gemini_store(home: Path) -> tuple[Path, Transcripts, dict[str, Counter[str]]]:
+    truth: dict[str, Counter[str]] = {}
+    for one in gemini_tree.write_store(home, files=9, size=900_000):
+        truth.setdefault(one.model, Counter()).update(input=one.input, output=one.output, read=one.read, requests=1)
+    return home, gemini_lines.TRANSCRIPTS, truth
+
+
+@pytest.mark.parametrize("write", [codex_store, gemini_store])
+def test_what_processes_read_of_other_tools_is_the_truth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], tuple[Path, Transcripts, Any]]
+) -> None:
+    root, tool, truth = write(tmp_path / "home")
+    monkeypatch.setattr(transcripts, "read_old", None)  # nothing is left for the bridge to read
+
+    async def follow() -> None:
+        async with following(tmp_path / "state", {str(root): tool}, waits=False) as bridge:
+            known = {model: Counter({kind: counts[kind] for kind in KINDS}) for model, counts in truth.items()}
+            assert await stored(bridge) == known
 
     asyncio.run(follow())
 

@@ -1,20 +1,15 @@
 """The tools that are known: whose telemetry is whose, and what it says of usage.
 
-Law: this is the only list of tools. Each module says what its tool's names mean, and nothing here does.
+Law: this and `transcripts` beside it are the only lists of tools. Each module says what its tool's names mean, and
+nothing here does.
 """
 
 from collections.abc import Iterable, Set
 
 from bridge.model import Attributes, Batch, DataPoint, Drop, Event, Kind, Metric, Refusal, Usage, UsageCell
-from bridge.tools import claude_code, claude_code_lines, codex, codex_lines, gemini, gemini_lines, genai
-from bridge.tools.tool import Quantity, Transcripts
+from bridge.tools import claude_code, codex, gemini, gemini_lines, genai
+from bridge.tools.tool import Quantity
 
-TRANSCRIPTS: dict[str, Transcripts] = {
-    claude_code.TOOL: claude_code_lines.TRANSCRIPTS,
-    codex.TOOL: codex_lines.TRANSCRIPTS,
-    gemini_lines.TOOL: gemini_lines.TRANSCRIPTS,
-}
-"""By tool, in the order in which they are looked at."""
 REPORTING = frozenset({claude_code.TOOL})
 """Tools whose metrics tell of cost."""
 ASKED = frozenset({gemini_lines.TOOL})
