@@ -9,21 +9,21 @@ document is read as a whole whenever it has changed; if that is before its histo
 tells say what is history. A packed file is immutable: it is unpacked from its start, and read once its end was
 reached.
 
-Changes are told by the file system's events, through watchfiles, which saves one such implementation for each
-platform; a slow scan finds what events miss, and replaces them where there are none.
+Changes are told by the file system's events; a slow scan finds what events miss, and replaces them where there are
+none.
 """
 
 import asyncio
 import contextlib
 import stat
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from bridge.descriptors import ADVICE, ran_out
+from bridge.file_events import Directory, Watcher
 from bridge.ledger import Ledger, Unpostable
 from bridge.model import TranscriptRow
 from bridge.packed import Damaged, NoUnpacker
@@ -95,6 +95,7 @@ class Follower:
         self._wake = asyncio.Event()
         self._reader = ThreadPoolExecutor(1, "transcripts")
         self._scanned_at = -SCAN_SECONDS
+        self._polled_at = -POLL_SECONDS
         self._has_history = False
         self._watcher: Watcher | None = None
         self._readers: Readers | None = None
@@ -157,6 +158,9 @@ class Follower:
         if loop.time() >= self._scanned_at + (SCAN_SECONDS if self._watcher.has_events else POLL_SECONDS):
             self._scanned_at = loop.time()
             await self._scan(present)
+        elif self._watcher.unwatched and loop.time() >= self._polled_at + POLL_SECONDS:
+            self._polled_at = loop.time()
+            self._changed |= self._watcher.unwatched
 
     def _note(self, paths: set[str]) -> None:
         self._changed |= paths
@@ -426,65 +430,9 @@ _NAMES = {tool.roots: name for name, tool in TRANSCRIPTS.items()}
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-class Directory(NamedTuple):
-    """A root that is there: where it really lies, since events tell of real paths, and which directory it is."""
-
-    path: str
-    device: int
-    inode: int
-
-
 def _directory(root: str) -> Directory | None:
     with contextlib.suppress(OSError):
         found = Path(root).stat()
         if stat.S_ISDIR(found.st_mode):
             return Directory(str(Path(root).resolve()), found.st_dev, found.st_ino)
     return None
-
-
-# --- events ----------------------------------------------------------------------------------------------------
-
-
-class Watcher:
-    """Tells of changed paths below directories, from a thread of its own. `has_events` is false where it cannot.
-
-    It tells of the directories themselves once it watches them: what changed before that is known to nobody else.
-    `is_stale` says that one of them is no more, or is another one.
-    """
-
-    def __init__(self, directories: tuple[Directory, ...], tell: Callable[[set[str]], object]) -> None:
-        self.directories = directories
-        self.has_events = self.is_stale = False
-        self._stop = threading.Event()
-        try:
-            import watchfiles
-        except ImportError:
-            log.warning("watchfiles is not installed; transcripts are looked at every two seconds")
-            return
-        if not directories:
-            self.has_events = True  # there is nothing to miss; a root that appears makes another watcher
-            return
-        paths = {directory.path for directory in directories}
-        changes = watchfiles.watch(
-            *paths, watch_filter=None, debounce=100, step=50, stop_event=self._stop, rust_timeout=1000,
-            yield_on_timeout=True, raise_interrupt=False, ignore_permission_denied=True,
-        )  # fmt: skip
-        self.has_events = True
-
-        def pump() -> None:
-            try:
-                unseen = paths
-                for change in changes:
-                    told = {path for _, path in change}
-                    self.is_stale |= not told.isdisjoint(paths)
-                    if told or unseen:
-                        tell(told | unseen)
-                    unseen = set()
-            except (OSError, RuntimeError) as error:
-                self.has_events = False
-                log.warning("no file system events; transcripts are looked at every two seconds", extra={"why": error})
-
-        threading.Thread(target=pump, name="watch", daemon=True).start()
-
-    def stop(self) -> None:
-        self._stop.set()

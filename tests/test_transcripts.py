@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import queue
 import random
 import shutil
 import sqlite3
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from bridge.bookkeeper import LedgerSettings
+from bridge.file_events import Directory, Watcher
 from bridge.ledger import Ledger
 from bridge.model import Source, TranscriptRow, Usage
 from bridge.store import Store
@@ -354,6 +356,32 @@ def test_names_that_are_no_text_do_no_harm(make_daemon: Callable[..., Daemon]) -
     assert eventually(lambda: shown(daemon) == requests(3)), (shown(daemon), daemon.log)
     daemon.restart()
     assert shown(daemon) == requests(3)
+
+
+def test_a_directory_whose_name_is_no_text_ends_the_events_of_no_other(tmp_path: Path) -> None:
+    told: queue.SimpleQueue[set[str]] = queue.SimpleQueue()
+    above, beside = tmp_path / "above", tmp_path / "beside"
+    strange = Path(os.fsdecode(os.fsencode(above) + b"/\xff\xfe"))
+    for directory in (strange, above / "near", beside):
+        directory.mkdir(parents=True)
+    watcher = Watcher((Directory(str(tmp_path), 0, 0),), told.put)
+
+    def tells_of(path: Path) -> bool:
+        append(path, b"{}")
+        with contextlib.suppress(queue.Empty):
+            return any(str(path) in told.get(timeout=1) for _ in range(9))
+        return False
+
+    try:
+        assert eventually(lambda: watcher.unwatched == {str(above)})
+        assert eventually(lambda: tells_of(beside / "a.jsonl"))
+        assert eventually(lambda: tells_of(above / "near" / "b.jsonl"))
+        (beside / "new").mkdir()
+        assert eventually(lambda: tells_of(beside / "new" / "c.jsonl"))
+        assert watcher.has_events
+        assert watcher.unwatched == {str(above)}
+    finally:
+        watcher.stop()
 
 
 def test_an_unreadable_file_is_counted_and_read_when_it_can_be(make_daemon: Callable[..., Daemon]) -> None:
