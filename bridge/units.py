@@ -1,7 +1,8 @@
 """The text of the files by which systemd and launchd run the bridge. Pure.
 
 Numbers: a bridge that crashes is back within a second, for ever, as long as it lives for a second; one that dies at
-once 100 times in a minute is given up. The supervisor holds the sockets, so nobody is refused meanwhile.
+once 100 times in a minute is given up, and one that cannot run as things stand (64, 65, 73, 77, 78) at once. The
+supervisor holds the sockets, so nobody is refused meanwhile.
 """
 
 import ipaddress
@@ -14,6 +15,8 @@ NAME = "claude-otel-bridge"
 SERVICE, SOCKET, AGENT = f"{NAME}.service", f"{NAME}.socket", f"{NAME}.plist"
 MARKER = f"`{NAME} install` replaces this file and `uninstall` removes it as long as this line stands here."
 AGENT_SOCKETS = "otlp"
+THROTTLE_SECONDS = 10
+"""Between two starts by launchd, which cannot tell a mistake in the settings from a crash and tries for ever."""
 
 Address = tuple[str, int]
 
@@ -45,7 +48,7 @@ NotifyAccess=main
 ExecStart={command}
 {environment}Restart=on-failure
 RestartSec=500ms
-RestartPreventExitStatus=64 65 77 78
+RestartPreventExitStatus=64 65 73 77 78
 TimeoutStartSec=5min
 TimeoutStopSec=10
 WatchdogSec=30
@@ -147,6 +150,7 @@ def launchd_agent(
         "EnvironmentVariables": {"BRIDGE_LOG_FILE": str(log_file), **variables},
         "RunAtLoad": True,
         "KeepAlive": {"SuccessfulExit": False},
+        "ThrottleInterval": THROTTLE_SECONDS,
         "ProcessType": "Background",
         "ExitTimeOut": 10,
         "Umask": 0o077,

@@ -32,6 +32,7 @@ def test_the_agent_says_what_launchd_needs() -> None:
     assert agent["ProgramArguments"] == ["/a b/<x>", "-P"]
     assert agent["EnvironmentVariables"] == {"BRIDGE_LOG_FILE": str(LOG), "BRIDGE_LISTEN": "<&>"}
     assert agent["KeepAlive"] == {"SuccessfulExit": False}
+    assert agent["ThrottleInterval"] == 10
     assert agent["RunAtLoad"] is True
     assert agent["ProcessType"] == "Background"
     assert [tuple(one.values()) for one in agent["Sockets"][units.AGENT_SOCKETS]] == [

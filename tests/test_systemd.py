@@ -411,6 +411,14 @@ def test_the_units_for_installation_by_hand_are_the_rendered_ones(folder: str, c
     assert {path.name: path.read_text() for path in (ROOT / folder).iterdir() if path.is_file()} == wanted
 
 
+def test_only_errors_that_may_pass_by_themselves_are_tried_again() -> None:
+    lines = units.systemd_units("/bin/x", LOOPBACK, {}, system=False)[units.SERVICE].splitlines()
+    (ends,) = [line.partition("=")[2] for line in lines if line.startswith("RestartPreventExitStatus=")]
+    for_people = {os.EX_USAGE, os.EX_DATAERR, os.EX_CANTCREAT, os.EX_NOPERM, os.EX_CONFIG}
+    assert set(map(int, ends.split())) == for_people
+    assert for_people.isdisjoint({os.EX_UNAVAILABLE, os.EX_SOFTWARE, os.EX_IOERR, os.EX_TEMPFAIL})
+
+
 def test_only_loopback_addresses_are_filtered_to_loopback() -> None:
     def service(host: str) -> str:
         return units.systemd_units("/bin/x", [(host, 1)], {}, system=True)[units.SERVICE]
