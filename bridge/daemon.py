@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -62,6 +62,9 @@ from bridge.web.metrics import Views
 from bridge.web.receiver import Receiver
 from bridge.web.server import Server
 
+if TYPE_CHECKING:
+    from bridge.tls import TlsFiles
+
 STOP_SECONDS = 1.0
 """How long requests in flight may take once the daemon stops."""
 DOOR_SECONDS = 0.25
@@ -76,7 +79,7 @@ COPY_CHECK_SECONDS = 60.0
 COPY_SECONDS = 3_600.0
 YOUNG_OBJECTS = 10_000
 """New objects between two garbage collections: some commits make as many, and hardly any of them is garbage."""
-TOKENS_SECONDS = 2.0
+ACCESS_SECONDS = 2.0
 SWITCH_SECONDS = 0.001
 """How long a thread computes while another waits for its turn: decoding must not hold up every answer and statement."""
 
@@ -160,8 +163,10 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     sockets = listening(listened(config))
-    context = require_access(config, allowed, [sock.getsockname() for sock in sockets])
+    tls = require_access(config, allowed, [sock.getsockname() for sock in sockets])
     throttle = Throttle(time.monotonic)
+    if tls is not None:
+        tls.tell = throttle.warning
     telemetry = Telemetry(time.time, throttle)
     telemetry.note_build(loop_name)
     ledger = Ledger(
@@ -195,7 +200,9 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
         supervisor.notify("STATUS=loading the state")
         watch.start()
         for sock in sockets:
-            await Site(runner, sock, context=None if is_loopback(sock.getsockname()[0]) else context).start()
+            await Site(
+                runner, sock, context=None if tls is None or is_loopback(sock.getsockname()[0]) else tls.context
+            ).start()
         await ledger.start()
         gc.freeze()  # what is loaded by now stays, so that no collection looks at it again
         gc.set_threshold(YOUNG_OBJECTS)
@@ -214,7 +221,7 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
                 tasks.create_task(_every(COPY_CHECK_SECONDS, copies.keep)),
                 tasks.create_task(_every(SURVEY_SECONDS, lambda: _survey(ledger, telemetry), at_once=True)),
                 *([tasks.create_task(_followed(follower, fail))] if follower else []),
-                tasks.create_task(_every(TOKENS_SECONDS, lambda: _refresh(allowed))),
+                tasks.create_task(_every(ACCESS_SECONDS, lambda: _refresh(allowed, tls))),
                 tasks.create_task(_pulse(supervisor.watchdog_seconds())),
             ]
             await stop.wait()
@@ -435,12 +442,22 @@ def tokens_in_force(config: Config, directory: Path) -> Tokens:
     return allowed
 
 
-async def _refresh(allowed: Tokens) -> None:
+async def _refresh(allowed: Tokens, tls: "TlsFiles | None") -> None:
+    """Take what has changed in the files that say who comes in."""
     try:
         if allowed.refresh():
             log.info("tokens changed", extra={"count": len(allowed)})
     except TokenError as error:
         log.error(f"{error}; the tokens stay as they were")
+    if tls is None:
+        return
+    from bridge.tls import TlsError
+
+    try:
+        if tls.refresh():
+            log.info("the files of TLS changed; new connections use them")
+    except TlsError as error:
+        log.error(f"{error}; TLS stays as it was")
 
 
 def pure_python_protobuf() -> str:

@@ -12,7 +12,6 @@ import os
 import resource
 import socket
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -27,6 +26,8 @@ from bridge.web.server import HEADER_SECONDS
 if TYPE_CHECKING:
     import ssl
 
+    from bridge.tls import TlsFiles
+
 BACKLOG = 512
 SPARE_DESCRIPTORS = 128
 """Descriptors for all that is no connection."""
@@ -40,7 +41,7 @@ class StartError(Exception):
         self.exit_code = exit_code
 
 
-def require_access(config: Config, known: Tokens, addresses: Sequence[tuple[Any, ...]]) -> "ssl.SSLContext | None":
+def require_access(config: Config, known: Tokens, addresses: Sequence[tuple[Any, ...]]) -> "TlsFiles | None":
     """What TLS needs, if it is set. Raises StartError 78 for addresses beyond loopback that anybody could use, and for
     files that TLS cannot use; warns of what is allowed but unwise."""
     public = [_shown(address) for address in addresses if not is_loopback(address[0])]
@@ -53,37 +54,22 @@ def require_access(config: Config, known: Tokens, addresses: Sequence[tuple[Any,
         )
     if public and config.insecure_no_auth:
         log.warning("insecure_no_auth: whoever reaches these addresses may read and write", extra={"listen": public})
-    context = tls_context(config.tls)
-    if public and context is None and not config.trusted_proxies:
+    files = tls_files(config.tls)
+    if public and files is None and not config.trusted_proxies:
         log.warning("no TLS: tokens and data cross the network in plain text; set tls.cert", extra={"listen": public})
-    return context
+    return files
 
 
-def tls_context(tls: Tls) -> "ssl.SSLContext | None":
-    """TLS 1.2 or later with these files; None where none are set. Raises StartError 78."""
+def tls_files(tls: Tls) -> "TlsFiles | None":
+    """TLS with these files; None where none are set. Raises StartError 78."""
     if not tls.cert:
         return None
-    import ssl
+    from bridge.tls import TlsError, TlsFiles
 
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    for name in ("cert", "key", "client_ca"):
-        if path := getattr(tls, name):
-            try:
-                Path(path).expanduser().open("rb").close()
-            except OSError as error:
-                raise StartError(f"tls.{name}: cannot read {path}: {error.strerror}", os.EX_CONFIG) from None
-    name = "cert"
     try:
-        # Without a password a key that wants one is an error, not a question on the terminal.
-        context.load_cert_chain(_file(tls.cert), _file(tls.key), password=lambda: "")
-        if tls.client_ca:
-            name = "client_ca"
-            context.load_verify_locations(_file(tls.client_ca))
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ValueError) as error:  # an SSLError is an OSError
-        raise StartError(f"tls.{name}: cannot use the files: {error}", os.EX_CONFIG) from None
-    return context
+        return TlsFiles(tls)
+    except TlsError as error:
+        raise StartError(str(error), os.EX_CONFIG) from None
 
 
 def own_certificate() -> "ssl.SSLContext":
@@ -94,10 +80,6 @@ def own_certificate() -> "ssl.SSLContext":
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context
-
-
-def _file(name: str) -> str:
-    return str(Path(name).expanduser())
 
 
 def offers(config: Config) -> dict[tuple[str, int], str]:

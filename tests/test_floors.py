@@ -26,7 +26,7 @@ FLOORS = (
     ("bookkeeper",),
     ("ledger", "telemetry"),
     ("web.access",),
-    ("web.server", "web.families", "readers", "file_events"),
+    ("web.server", "web.families", "readers", "tls", "file_events"),
     ("web.*", "transcripts", "forwarding", "listeners"),
     ("daemon",),
     ("setup", "reporting", "statusline"),

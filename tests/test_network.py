@@ -25,7 +25,8 @@ import pytest
 
 from bridge import tokens
 from bridge.cli import main
-from bridge.config import Config, Limits
+from bridge.config import Config, Limits, Tls
+from bridge.tls import HTTP_HINT, TlsError, TlsFiles
 from bridge.tokens import TokenError, Tokens
 from bridge.web.access import Access, Allowances, Caller, Denial
 from tests.daemon import JSON, Daemon, free_port
@@ -479,12 +480,63 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def in_place(certificates: Path, directory: Path, cert: str, key: str = "", client_ca: str = "client") -> Tls:
+    """Put certificates in the place of those that were there, each as one step, as who renews them does."""
+    names = {"cert.pem": f"{cert}.pem", "key.pem": f"{key or cert}.key", "ca.pem": f"{client_ca}.pem"}
+    for name, source in names.items():
+        (directory / "new").write_bytes((certificates / source).read_bytes())
+        (directory / "new").replace(directory / name)
+    return Tls(*(str(directory / name) for name in names))
+
+
+def shake_hands(files: TlsFiles, certificates: Path, client: str) -> str:
+    """Whose certificate the server shows to one with the certificate of `client`, or why it refuses."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    for name in ("server", "client"):
+        context.load_verify_locations(certificates / f"{name}.pem")
+    context.load_cert_chain(certificates / f"{client}.pem", certificates / f"{client}.key")
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    sides = [context.wrap_bio(down, up), files.context.wrap_bio(up, down, server_side=True)]
+    for side in sides * 2:
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            return error.reason
+    shown: Any = sides[0].getpeercert()
+    return str(shown["subject"][0][0][1])
+
+
+def test_certificates_are_renewed_while_the_bridge_runs(certificates: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    files = TlsFiles(in_place(certificates, tmp_path, "server"))
+    files.tell = lambda kind, _: told.append(kind)
+    assert shake_hands(files, certificates, "client") == "server"
+    assert shake_hands(files, certificates, "server") == "CERTIFICATE_VERIFY_FAILED"
+    assert not files.refresh()
+    in_place(certificates, tmp_path, "client", key="server")
+    with pytest.raises(TlsError, match=r"tls\.cert: cannot use the files"):
+        files.refresh()
+    assert not files.refresh(), "said once"
+    (tmp_path / "key.pem").unlink()
+    with pytest.raises(TlsError, match=r"tls\.key: cannot read"):
+        files.refresh()
+    assert shake_hands(files, certificates, "client") == "server"
+    in_place(certificates, tmp_path, "client", client_ca="server")
+    assert files.refresh()
+    assert shake_hands(files, certificates, "server") == "client"
+    assert shake_hands(files, certificates, "client") == "CERTIFICATE_VERIFY_FAILED"
+    assert told == ["tls CERTIFICATE_VERIFY_FAILED"] * 2
+
+
 @needs_network
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")  # an old version is what must be refused
 def test_tls_beyond_loopback(make_daemon: Callable[..., Daemon], certificates: Path, tmp_path: Path) -> None:
     port, server = free_port(), certificates / "server"
-    env = {"BRIDGE_TLS_CERT": f"{server}.pem", "BRIDGE_TLS_KEY": f"{server}.key"}
-    env["BRIDGE_TLS_CLIENT_CA"] = str(certificates / "client.pem")
+    tls = in_place(certificates, tmp_path, "server")
+    env = {"BRIDGE_TLS_CERT": tls.cert, "BRIDGE_TLS_KEY": tls.key, "BRIDGE_TLS_CLIENT_CA": tls.client_ca}
     env["BRIDGE_TOKEN_FILE"] = str(token_file(tmp_path, "alice"))
     daemon = make_daemon("--listen", f"{ADDRESS}:{port}", env=env).start()  # on loopback it speaks without TLS
     assert daemon.get("/v1/metrics").status == 200
@@ -511,10 +563,16 @@ def test_tls_beyond_loopback(make_daemon: Callable[..., Daemon], certificates: P
         get(has_token=True)
     with pytest.raises((ssl.SSLError, ConnectionError)):
         get(has_certificate=True, has_token=True, latest=ssl.TLSVersion.TLSv1_1)
-    with pytest.raises(OSError):
-        ask((ADDRESS, port), "GET", "/v1/metrics", bearer("alice"))
+    for _ in range(3):
+        with pytest.raises(OSError):
+            ask((ADDRESS, port), "GET", "/v1/metrics", bearer("alice"))
+    assert daemon.log.count(HTTP_HINT) == 1
     assert "error" not in daemon.log
     assert "no TLS" not in daemon.log
+    in_place(certificates, tmp_path, "client")
+    until(lambda: "the files of TLS changed" in daemon.log)
+    server = certificates / "client"
+    assert get(has_certificate=True, has_token=True) == 200
 
 
 @pytest.mark.parametrize(
