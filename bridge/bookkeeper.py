@@ -34,6 +34,7 @@ from bridge.model import (
     UsageCell,
     Value,
     attribute_text,
+    shared,
 )
 from bridge.otlp import REDACTED
 from bridge.store import (
@@ -674,7 +675,7 @@ class Bookkeeper:
         labels = self._shown(attributes)
         for key, text in origin.added:
             labels.setdefault(key, text)
-        return tuple(sorted([*labels.items(), *_label_of(origin.source)]))
+        return shared(sorted([*labels.items(), *_label_of(origin.source)]))
 
     def _shown(self, attributes: Attributes) -> dict[str, str]:
         """What of some attributes may be shown, in OTLP's spelling, and how long."""

@@ -398,6 +398,8 @@ class Ledger:
             return
         call(self._load, *loaded)
         call(self._started.set_result, None)
+        self._mark = None
+        del loaded  # what it holds of all series would stay as long as this thread
         try:
             self._serve(bookkeeper)
         except BaseException as error:  # a fault of ours: whoever supervises has to start afresh

@@ -4,8 +4,10 @@ Floor 0: imports nothing of the bridge and does nothing. Values are frozen; the 
 point are msgspec Structs because a frozen dataclass costs eight times as much to make.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import IntEnum, StrEnum
+from functools import lru_cache
+from itertools import starmap
 from typing import NamedTuple
 
 from msgspec import Struct
@@ -26,6 +28,20 @@ Attributes = tuple[tuple[str, AttributeValue], ...]
 def attribute_text(value: AttributeValue) -> str:
     """The value as a label value: strings as they are, other types as JSON would write them."""
     return value if isinstance(value, str) else value.text
+
+
+Labels = tuple[tuple[str, str], ...]
+"""Names and values, sorted by name."""
+
+
+def shared(labels: Iterable[tuple[str, str]]) -> Labels:
+    """The same labels, of pairs that other series have as well: the series of a session differ in one or two."""
+    return tuple(starmap(_pair, labels))
+
+
+@lru_cache(maxsize=2**14)
+def _pair(name: str, value: str) -> tuple[str, str]:
+    return name, value
 
 
 class Kind(StrEnum):

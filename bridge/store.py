@@ -38,6 +38,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from sys import intern
 from typing import Any, NamedTuple
 
 import msgspec
@@ -48,7 +49,7 @@ from bridge.database import MIGRATIONS as MIGRATIONS
 from bridge.database import SCHEMA_VERSION as SCHEMA_VERSION
 from bridge.database import is_open, open_to_read
 from bridge.descriptors import ADVICE, ran_out
-from bridge.model import ExponentialHistogram, Histogram, Summary, Value
+from bridge.model import ExponentialHistogram, Histogram, Summary, Value, shared
 from bridge.temporality import Run
 
 SERVED = "served.bin"
@@ -580,7 +581,8 @@ def _value(stored: Any) -> Any:
 def _series_row(row: tuple[Any, ...]) -> SeriesRow:
     """A row of `_SERIES` without its checksums."""
     series_id, metric, job, instance, labels, expires, base, born, birth, value, time, seen = row
-    fixed = (metric, job, instance, _PAIRS.decode(labels), bool(expires), _value(base), born, birth)
+    pairs = shared(_PAIRS.decode(labels))
+    fixed = (metric, intern(job), intern(instance), pairs, bool(expires), _value(base), born, birth)
     return SeriesRow(series_id, *fixed, _value(value), time, seen, proof(fixed))
 
 

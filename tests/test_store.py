@@ -159,6 +159,18 @@ def test_a_repeat_is_no_commit(tmp_path: Path) -> None:
         assert committed(rig) == before == projected(rig)
 
 
+def test_series_share_their_labels_in_memory(tmp_path: Path) -> None:
+    """A label's texts are most of a series' memory, and the 30 series of a session have nearly all of them alike."""
+    session = "{session: %s, type: input, time: 1060, delta: 1}"
+    with rig_in(tmp_path) as rig:
+        rig.post(body(session % "s1", session.replace("input", "output") % "s1"))
+        posted = list(rig.ledger.rows())
+        rig.restart()
+        for one, other in (posted, rig.ledger.rows()):
+            assert dict(one.labels)["session.id"] == "s1"
+            assert [a is b for a, b in zip(one.labels, other.labels, strict=True)] == [True, False]
+
+
 def test_a_reader_does_not_hold_up_the_stop(tmp_path: Path) -> None:
     """Grafana may be in the middle of a query when the bridge is told to stop."""
     with rig_in(tmp_path) as rig:
