@@ -16,7 +16,7 @@ import contextlib
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from math import ceil
 from pathlib import PurePath
@@ -122,7 +122,7 @@ class Ledger:
         self._settings = settings
         self._clock_ms = clock_ms
         self._failed = failed
-        self._queue: SimpleQueue[_Request | _Job | None] = SimpleQueue()
+        self._queue: SimpleQueue[_Request | list[_Request] | _Job | None] = SimpleQueue()
         self._turn = asyncio.Lock()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._mark = mark
@@ -185,9 +185,9 @@ class Ledger:
         return Receipt(accepted, duplicate, tuple(refusal for receipt in receipts for refusal in receipt.refused))
 
     async def _post(self, post: Post) -> Receipt:
-        answer: asyncio.Future[Receipt] = self._loop.create_future()
-        self._queue.put(_Request(post, answer))
-        return await answer
+        request = _Request(post, self._loop.create_future())
+        self._queue.put(request)
+        return await request.answer
 
     async def forget_requests(self, days: float) -> int:
         """Delete request rows older than `days`, a thousand a transaction; their number. Sums and keys stay."""
@@ -203,6 +203,17 @@ class Ledger:
         """Count what a transcript says, and remember how far it is read. Raises StoreUnavailable and Unpostable."""
         await self._post(Post(Batch(list(points), [], usages), b"", row, is_history))
         return row if row.id else row._replace(id=-1)
+
+    def post_history(
+        self, pieces: Iterable[tuple[TranscriptRow, tuple[Usage, ...]]]
+    ) -> "list[asyncio.Future[Receipt]]":
+        """Count pieces of history, all in one transaction; an answer for each, which may raise what `post_transcript`
+        raises."""
+        posts = [Post(Batch([], [], usages), b"", row, is_history=True) for row, usages in pieces]
+        requests = [_Request(post, self._loop.create_future()) for post in posts]
+        if requests:
+            self._queue.put(requests)
+        return [request.answer for request in requests]
 
     async def transcripts(self) -> list[TranscriptRow]:
         """The transcripts that were read, and how far. Raises StoreUnavailable."""
@@ -430,6 +441,8 @@ class Ledger:
                         stopping = True
                     case _Request():
                         group.append(task)
+                    case list():
+                        group += task
                     case _Job():
                         jobs.append(task)
             if group:

@@ -366,7 +366,15 @@ class Follower:
             await self._commit_history(await task)
 
     async def _commit_history(self, chunks: list[Chunk]) -> None:
-        await asyncio.gather(*(self._commit(kept, is_history=True) for chunk in chunks if (kept := self._kept(chunk))))
+        kept = [piece for chunk in chunks if (piece := self._kept(chunk))]
+        answers = self._ledger.post_history((piece.row, piece.usages) for piece in kept)
+        for piece, outcome in zip(kept, await asyncio.gather(*answers, return_exceptions=True), strict=True):
+            row = piece.row
+            if isinstance(outcome, Unpostable):
+                row = await self._pass_over(piece, outcome, is_history=True)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            self._note_commit(piece, row)
         for chunk in chunks:
             self._note_history(chunk)
             if chunk.again:
@@ -400,8 +408,14 @@ class Follower:
         try:
             row = await self._ledger.post_transcript(chunk.row, chunk.usages, chunk.points, is_history=is_history)
         except Unpostable as error:
-            self._note_unreadable(chunk.row.path, f"a fault of the bridge, please report it: {error}")
-            row = await self._ledger.post_transcript(chunk.row, (), (), is_history=is_history)
+            row = await self._pass_over(chunk, error, is_history=is_history)
+        self._note_commit(chunk, row)
+
+    async def _pass_over(self, chunk: Chunk, error: Unpostable, *, is_history: bool) -> TranscriptRow:
+        self._note_unreadable(chunk.row.path, f"a fault of the bridge, please report it: {error}")
+        return await self._ledger.post_transcript(chunk.row, (), (), is_history=is_history)
+
+    def _note_commit(self, chunk: Chunk, row: TranscriptRow) -> None:
         self._files[row.path] = row
         self._telemetry.transcript_files.set(len(self._files))
         self._telemetry.transcript_bytes.inc(chunk.bytes_read)

@@ -40,6 +40,7 @@ from bridge.usage_store import (
     METRICS,
     QUARTER_MS,
     REQUESTS,
+    Columns,
     ModelRow,
     RollupKey,
     ServedRow,
@@ -274,11 +275,11 @@ class UsageBooks:
 
     def load_history(self, usages: Sequence[Usage], now: int) -> None:
         """Requests of before the first look, in bulk: stored for the reports, never served."""
-        rows = [self._row(usage, is_history=True) for usage in self._by_known_names(usages)]
-        for row in rows:
-            if row.request and row.time > now - RECENT_MS:
-                self._recent[row.request] = None
-        self._store.load_history(rows)
+        named = self._by_known_names(usages)
+        self._recent |= dict.fromkeys(
+            _request_key(usage.request_id) for usage in named if usage.time_ms > now - RECENT_MS and usage.request_id
+        )
+        self._store.load_history([self._columns(usage, is_history=True) for usage in named])
 
     def _by_known_names(self, usages: Sequence[Usage]) -> Sequence[Usage]:
         """Requests of one tool under the keys that they have rows by; without those known by a name whose row is
@@ -333,6 +334,10 @@ class UsageBooks:
         return self._store.forget_rows(before, most)
 
     def _row(self, usage: Usage, *, is_history: bool) -> UsageRow:
+        return UsageRow(0, *self._columns(usage, is_history=is_history))
+
+    def _columns(self, usage: Usage, *, is_history: bool) -> Columns:
+        """The row of a request without its id: of history there are too many to make more of each than that."""
         cost, cost_source = usage.cost, _TOLD
         if cost is None:
             cost = self._price(usage)
@@ -344,11 +349,11 @@ class UsageBooks:
         project = self._label(usage.project)
         if project and session.project is None and not is_history and not self._hides_sessions:
             self._write_session(session._replace(project=project))
-        request = blake2b(usage.request_id.encode(), digest_size=8).digest() if usage.request_id else None
+        request = _request_key(usage.request_id) if usage.request_id else None
         key = usage.message + usage.key[:8] if usage.message else usage.key
         # Flags and the source as plain integers: SQLite's module looks for an adapter of any other type.
-        return UsageRow(
-            0, key, int(usage.source), session.id, self._model(usage.tool, usage.model), usage.time_ms, usage.input,
+        return (
+            key, int(usage.source), session.id, self._model(usage.tool, usage.model), usage.time_ms, usage.input,
             usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h, request, usage.order,
             int(usage.is_sidechain), int(is_history), 1, usage.output, cost, cost_source, usage.duration_ms,
             project, self._label(usage.user), usage.revision,
@@ -619,6 +624,10 @@ class UsageBooks:
         if label is None:
             label = self._labels[text] = self._store.label(text[:1_000])
         return label
+
+
+def _request_key(request_id: str) -> bytes:
+    return blake2b(request_id.encode(), digest_size=8).digest()
 
 
 def _reported(amounts: Mapping[str, int]) -> Cell:

@@ -65,6 +65,10 @@ class UsageRow(NamedTuple):
     revision: int = 0
 
 
+Columns = tuple[Any, ...]
+"""The columns of a UsageRow but for its id."""
+
+
 class SessionRow(NamedTuple):
     id: int
     tool: str
@@ -301,7 +305,7 @@ class UsageStore:
         assigned = ", ".join(f"{name} = ?" for name in UsageRow._fields[1:])
         self._store.executemany(f"update usage set {assigned} where id = ?", ((*row[1:], row.id) for row in rows))
 
-    def load_history(self, rows: Iterable[UsageRow]) -> None:
+    def load_history(self, rows: Iterable[Columns]) -> None:
         """Add rows of history in bulk; of equal keys the larger output stays, then the original, then the older."""
         self._store.executemany(
             _INSERT + " on conflict (key) do update set session = excluded.session, model = excluded.model,"
@@ -313,7 +317,7 @@ class UsageStore:
             f" where is_history = {LOADING}"
             " and (excluded.revision, excluded.output, -excluded.is_sidechain, -excluded.origin)"
             " > (revision, output, -is_sidechain, -origin)",
-            (row[1:] for row in rows),
+            rows,
         )
 
     def finish_history(self) -> None:
