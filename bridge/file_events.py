@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from bridge.telemetry import log
 
+STEP_MS = 100
+"""What changed is told one step later, or two while it goes on; each step is a wake-up of the watching thread."""
 RETRY_SECONDS = 2.0
 """Before names are looked at again that were no text and are gone."""
 
@@ -78,7 +80,7 @@ class Watcher:
         unseen = self._roots
         seen = _modified(self.unwatched)
         changes = watchfiles.watch(
-            *paths, watch_filter=None, debounce=100, step=50, stop_event=self._stop, rust_timeout=1000,
+            *paths, watch_filter=None, debounce=STEP_MS, step=STEP_MS, stop_event=self._stop, rust_timeout=1000,
             yield_on_timeout=True, raise_interrupt=False, ignore_permission_denied=True, recursive=is_recursive,
         )  # fmt: skip
         try:

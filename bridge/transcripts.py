@@ -206,6 +206,8 @@ class Follower:
 
     async def _follow_changes(self) -> None:
         changed, self._changed = self._changed, set()
+        if not changed:
+            return
         paths = {path for path in changed if (tool := self._tool_of(path)) and tool.holds(path)}
         for directory in changed - paths:  # it may have had files before it was watched
             found = await self._in_reader(partial(self._files_below, directory))

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-TICK_SECONDS = 0.5
+TICK_SECONDS = 1.0
 STALL_SECONDS = 1.0
 HANG_SECONDS = 30.0
 
