@@ -1,5 +1,7 @@
 """The benchmark compares the same things: exports are equal in both encodings, and the table says who is ahead."""
 
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -7,7 +9,9 @@ import pytest
 from bridge.otlp import Encoding, decode_metrics
 from tests.bench.__main__ import table
 from tests.bench.exports import POINTS, STEP_NS, TOKEN_POINTS, Session
+from tests.bench.live import percentiles
 from tests.bench.naive import page, take_json, take_protobuf, values
+from tests.bench.peers import usage_of
 
 BEGIN = 1_800_000_000 * 10**9
 
@@ -48,3 +52,11 @@ def test_the_ratio_is_how_much_better_the_bridge_is_than_the_best_peer(
         "parts": {"p": [{**row, "values": shown}]},
     }  # fmt: skip
     assert f"| {ratio} |" in table(document).splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_percentiles_are_of_the_sorted_times_and_usage_is_that_of_a_process() -> None:
+    assert percentiles([at / 1000 for at in range(200, 0, -1)]) == "101 ms, p99 199 ms, at most 200 ms (200)"
+    before, after = usage_of(os.getpid()), usage_of(os.getpid())
+    assert after.cpu >= before.cpu > 0
+    assert after.wakeups >= before.wakeups

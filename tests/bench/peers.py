@@ -261,6 +261,18 @@ class Usage(NamedTuple):
     written: int
 
 
+def usage_of(process: int) -> Usage:
+    """What a process has used since it began."""
+    directory = Path(f"/proc/{process}")
+    nanoseconds = wakeups = 0
+    for task in directory.glob("task/*"):
+        with contextlib.suppress(OSError):  # a thread may end meanwhile
+            nanoseconds += int((task / "schedstat").read_text().split()[0])
+            wakeups += int((task / "status").read_text().partition("voluntary_ctxt_switches:")[2].split()[0])
+    written = int((directory / "io").read_text().partition("\nwrite_bytes:")[2].split()[0])
+    return Usage(nanoseconds / 1e9, wakeups, written)
+
+
 class Running:
     """A peer that runs in `directory`, pinned to one core."""
 
@@ -320,14 +332,7 @@ class Running:
     @property
     def usage(self) -> Usage:
         """What the process has used since it began."""
-        process = Path(f"/proc/{self._process.pid}")
-        nanoseconds = wakeups = 0
-        for task in process.glob("task/*"):
-            with contextlib.suppress(OSError):  # a thread may end meanwhile
-                nanoseconds += int((task / "schedstat").read_text().split()[0])
-                wakeups += int((task / "status").read_text().partition("voluntary_ctxt_switches:")[2].split()[0])
-        written = int((process / "io").read_text().partition("\nwrite_bytes:")[2].split()[0])
-        return Usage(nanoseconds / 1e9, wakeups, written)
+        return usage_of(self._process.pid)
 
     def kill(self) -> None:
         """SIGKILL."""
