@@ -49,6 +49,8 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
+        if message.startswith(("argument --since: expected", "argument --until: expected")):
+            message += ": a day such as 2026-11-28, 20261128, today, yesterday, or 7d for the last seven"
         self.exit(os.EX_USAGE, f"{self.prog}: {message}\n")
 
 

@@ -247,7 +247,7 @@ def _blocks(options: Namespace, found: Found, selection: Selection, zone: Zone, 
     scope = scope._replace(filters=_scope(selection, zone, is_complete=True).filters)
     if options.json:
         return tables.blocks_json(shown, found.limits, report, scope)
-    return tables.as_csv(report) if options.csv else tables.blocks_text(shown, found.limits, report, scope, _width())
+    return tables.blocks_csv(shown) if options.csv else tables.blocks_text(shown, found.limits, report, scope, _width())
 
 
 def _is_within(block: Block, selection: Selection, zone: Zone) -> bool:

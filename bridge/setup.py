@@ -209,7 +209,7 @@ def show(aim: Target) -> list[Change]:
 
 
 def write(aim: Target) -> list[Change]:
-    """Change the file; what was changed, against the file before the first write."""
+    """Change the file; what was changed."""
     current, record = _read(aim.file), _load(aim.file)
     with _explained(aim):
         original = _undone(aim, current, record)[0] if record else current
@@ -239,7 +239,7 @@ def write(aim: Target) -> list[Change]:
         if isinstance(error, OSError):
             raise _refused(error.filename or aim.file, error.strerror) from None
         raise
-    return wanted
+    return changes(aim, _text(current)) or wanted
 
 
 def undo(aim: Target) -> tuple[bool, list[str]]:

@@ -199,7 +199,10 @@ def _models(names: tuple[str, ...]) -> str:
 
 
 def dollars(cost: int, places: int = 2) -> str:
-    """Nano-dollars as text."""
+    """Nano-dollars as text; something is never shown as nothing."""
+    least = NANO // 10**places
+    if 0 < 2 * cost < least:
+        return f"<{dollars(least, places)}"
     sign = "-" if cost < 0 else ""
     return f"{sign}${abs(cost) / NANO:,.{places}f}"
 
@@ -289,16 +292,20 @@ def blocks_json(shown: Sequence[ShownBlock], limits: Sequence[ShownLimit], repor
         row: dict[str, object] = {"start": begin, "end": end, "gap": one.block.is_gap, "active": one.burn is not None}
         row |= {"models": one.entry.models, "tools": one.entry.tools, **_amounts(one.entry.amount)}
         if one.burn is not None:
-            row["burn"] = {
-                "tokens_per_minute": round(one.burn.tokens_per_minute, 3),
-                "cost_usd_per_hour": round(one.burn.cost_per_hour) / NANO,
-                "minutes_left": one.burn.minutes_left,
-                "projected_tokens": one.burn.projected_tokens,
-                "projected_cost_usd": one.burn.projected_cost / NANO,
-            }
+            row["burn"] = _burn(one.burn)
         rows.append(row)
     told: list[dict[str, object]] = [limit._asdict() for limit in limits]
     return _dump(report, scope, {"blocks": rows, "limits": told})
+
+
+def _burn(burn: Burn) -> dict[str, float]:
+    return {
+        "tokens_per_minute": round(burn.tokens_per_minute, 3),
+        "cost_usd_per_hour": round(burn.cost_per_hour) / NANO,
+        "minutes_left": burn.minutes_left,
+        "projected_tokens": burn.projected_tokens,
+        "projected_cost_usd": burn.projected_cost / NANO,
+    }
 
 
 def _dump(report: Report, scope: Scope, rows: dict[str, list[dict[str, object]]]) -> str:
@@ -343,11 +350,24 @@ def _iso(seconds: int) -> str:
 
 # --- CSV -------------------------------------------------------------------------------------------------------
 
+_CSV_TITLES = ("models", "tools", *_NUMBERS, "cost_usd", "unpriced_tokens")
+_BURN_TITLES = tuple(_burn(Burn(0, 0, 0, 0, 0)))
+
 
 def as_csv(report: Report) -> str:
     """A report as CSV with a line of titles and none for the sum; text that a spreadsheet would calculate is quoted."""
-    titles = (*KEYS[report.kind], "models", "tools", *_NUMBERS, "cost_usd", "unpriced_tokens")
-    return _csv(titles, map(_csv_entry, report.entries))
+    return _csv((*KEYS[report.kind], *_CSV_TITLES), map(_csv_entry, report.entries))
+
+
+def blocks_csv(shown: Sequence[ShownBlock]) -> str:
+    """Blocks and gaps as CSV; the columns of the burn rate are empty but for the active one."""
+    rows = []
+    for one in shown:
+        start, end, *rest = _csv_entry(one.entry)
+        flags = (str(flag).lower() for flag in (one.block.is_gap, one.burn is not None))
+        burn = map(str, _burn(one.burn).values()) if one.burn is not None else [""] * len(_BURN_TITLES)
+        rows.append([start, end, *flags, *rest, *burn])
+    return _csv((*KEYS["blocks"], "gap", "active", *_CSV_TITLES, *_BURN_TITLES), rows)
 
 
 def _csv_entry(entry: Entry) -> list[str]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -355,6 +357,16 @@ def test_bad_arguments_are_refused_with_what_is_expected(report: Report, argumen
     assert output.errors.startswith(f"claude-otel-bridge: {said}")
 
 
+@pytest.mark.parametrize("arguments", [["--since", "-3d"], ["--until"]])
+def test_a_day_that_looks_like_an_option_is_refused_likewise(
+    report: Report, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        report(*arguments)
+    assert ended.value.code == 64
+    assert "yesterday, or 7d for the last seven" in capsys.readouterr().err
+
+
 def test_days_can_be_named_from_today_on(state: State, report: Report) -> None:
     now = datetime.now(UTC)
     for days in (0, 1, 6, 7):
@@ -587,6 +599,20 @@ def test_limits_that_history_tells_of_are_not_shown_as_those_of_now(tmp_path: Pa
 def test_without_a_state_it_says_where_it_looked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _main(["--state-dir", str(tmp_path / "none"), "report"]) == 66
     assert f"there is no state in {tmp_path / 'none'}" in capsys.readouterr().err
+
+
+def test_a_state_that_may_not_be_read_is_no_broken_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        (Path(name) / "state.db").touch(mode=0o600 if os.geteuid() == 0 else 0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            assert _main(["--state-dir", name, "report"]) == 77
+        finally:
+            os.seteuid(user)
+    assert f"permission denied: {name}/state.db" in capsys.readouterr().err
 
 
 def test_another_schema_and_a_damaged_database_are_refused(state: State, report: Report) -> None:

@@ -415,7 +415,7 @@ def test_the_status_line_is_written_only_when_it_is_asked_for_and_taken_back(tmp
     assert "+ statusLine" in with_statusline(tmp_path, "show")
     with_statusline(tmp_path, "write", "")
     assert "statusLine" not in file.read_text()
-    with_statusline(tmp_path, "write")
+    assert with_statusline(tmp_path, "write").count("\n  + ") == 1
     ours = {"type": "command", "command": SHOWN}
     assert json.loads(file.read_text()) == {"model": "opus", "env": OURS, "statusLine": ours}
     with_statusline(tmp_path, "write", "")
