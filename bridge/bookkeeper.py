@@ -145,17 +145,20 @@ class _Origin(msgspec.Struct, frozen=True):
 
 
 class _Stream(msgspec.Struct):
-    """`total` is the lifetime total that the stream adds to, `cell` where it belongs in the join."""
+    """A stream as its row has it, the lifetime total that it adds to, and the cell where it belongs in the join."""
 
-    row: StreamRow
+    id: int
+    series: int
+    writer: int
+    labelled: bytes
     total: str | None
     cell: UsageCell | None
 
 
 class _Cycle(msgspec.Struct):
-    """The delta identities of one writer and end time; the first `stored` bytes of them are on disk."""
+    """The delta identities of one writer and end time, as keys in their order; the first `stored` are on disk."""
 
-    members: bytearray
+    members: dict[bytes, None]
     stored: int
 
 
@@ -216,6 +219,7 @@ class Bookkeeper:
         self._streams: dict[bytes, _Stream] = {}
         self._series: dict[int, SeriesRow] = {}
         self._writers: dict[int, WriterRow] = {}
+        self._writer_ids: dict[tuple[str, ...], int] = {}
         self._runs: dict[tuple[int, int, int], Run] = {}
         self._totals: dict[str, int] = {}
         self._targets: dict[tuple[str, str], TargetRow] = {}
@@ -323,7 +327,7 @@ class Bookkeeper:
         store.write_series(books.series.values())
         store.write_runs(books.runs)
         grown = [(key, cycle) for key, cycle in books.cycles.items() if len(cycle.members) > cycle.stored]
-        store.write_delta_members((*key, bytes(cycle.members)) for key, cycle in grown)
+        store.write_delta_members((*key, b"".join(cycle.members)) for key, cycle in grown)
         store.write_writers((row.latest, self._now, row.id) for row in self._extend_writers(key for key, _ in grown))
         store.write_totals(books.totals.items())
         store.write_requests(books.requests, self._now)
@@ -344,7 +348,7 @@ class Bookkeeper:
         refused = list(request.batch.refused)
         metric: Metric | None = None
         origin: _Origin | Drop
-        posted: list[tuple[_Origin, _Stream, StreamRow, DataPoint]] = []
+        posted: list[tuple[_Origin, _Stream, int, DataPoint]] = []
         needs_hash = False
         for point in points:
             if point.metric is not metric:
@@ -354,13 +358,16 @@ class Bookkeeper:
                     self._note_target(origin)
             if isinstance(origin, Drop):
                 refused.append(Refusal(origin, metric.name))
-            elif reason := _refusal(origin, point):
+                continue
+            value = point.value
+            is_plain = isinstance(value, _NUMBER) and 0 <= value <= origin.limit
+            if not is_plain and (reason := _refusal(origin, point)):
                 refused.append(Refusal(reason, metric.name))
-            else:
-                stream = self._stream(origin, point)
-                posted.append((origin, stream, stream.row, point))
-                if not (origin.is_delta and origin.is_counting and stream.row.writer and point.time):
-                    needs_hash = needs_hash or _needs_body_hash(origin, stream, point)
+                continue
+            stream = self._stream(origin, point)
+            posted.append((origin, stream, stream.series, point))
+            if not needs_hash and not (origin.is_counting and origin.is_delta and stream.writer and point.time):
+                needs_hash = _needs_body_hash(origin, stream, point)
         if needs_hash and request.transcript is None:
             # Equal bodies of two sources are two.
             body_hash = blake2b(request.body, digest_size=16, key=request.source.encode()).digest()
@@ -380,16 +387,16 @@ class Bookkeeper:
             else:
                 duplicate += 1
         self._repeats = request.batch.repeats
-        for origin, stream, row, point in posted:
-            stream.row = row  # points of one body may move a stream from series to series
+        for origin, stream, series, point in posted:
+            stream.series = series  # points of one body may move a stream from series to series
             outcome = self._post_point(origin, stream, point)
             if isinstance(outcome, Drop):
                 refused.append(Refusal(outcome, point.metric.name))
             elif outcome:
                 accepted += 1
                 if point.exemplar is not None:
-                    known = self._books.exemplars.get(stream.row.series, point.exemplar)
-                    self._books.exemplars[stream.row.series] = max(known, point.exemplar, key=lambda e: e.time)
+                    known = self._books.exemplars.get(stream.series, point.exemplar)
+                    self._books.exemplars[stream.series] = max(known, point.exemplar, key=lambda e: e.time)
             else:
                 duplicate += 1
         return Receipt(accepted, duplicate, tuple(refused))
@@ -403,15 +410,15 @@ class Bookkeeper:
             value = round(value * origin.scale)
         if not origin.is_delta:
             return self._advance(origin, stream, value, point)
-        writer = stream.row.writer
-        if writer and point.time:
-            cycle = self._books.cycles.get((writer, point.time)) or self._open_cycle(writer, point.time)
+        writer, time = stream.writer, point.time
+        if writer and time:
+            cycle = self._books.cycles.get((writer, time)) or self._open_cycle(writer, time)
             if isinstance(cycle, Drop):
                 return cycle
-            identity = delta_identity(stream.row.id, point)
-            if identity in cycle.members and _holds(cycle.members, identity):
+            identity = delta_identity(stream.id, point)
+            if identity in cycle.members:
                 return False
-            cycle.members += identity
+            cycle.members[identity] = None
         self._count(origin, stream, value, point)
         return True
 
@@ -445,10 +452,10 @@ class Bookkeeper:
                 if isinstance(origin, Drop):
                     continue
                 stream = self._stream(origin, DataPoint(metric, attributes, 0, 0, worth))
-                key = (stream.row.id, FED, 0)
-                run = self._runs.get(key) or self._store.run(stream.row.id, FED)
+                key = (stream.id, FED, 0)
+                run = self._runs.get(key) or self._store.run(stream.id, FED)
                 if run is None:
-                    row = self._series_row(stream.row.series)
+                    row = self._series_row(stream.series)
                     is_own = any(name == "session.id" for name, _ in row.labels)
                     run = Run(row.value or 0 if is_own else known.get((metric, attributes), 0), 0, 0)
                 amount, after = advance(run, worth, 0)
@@ -460,7 +467,7 @@ class Bookkeeper:
 
     def _set(self, origin: _Origin, stream: _Stream, point: DataPoint) -> bool:
         """The later value wins. A counter that has ended keeps what it counted."""
-        row = self._series_row(stream.row.series)
+        row = self._series_row(stream.series)
         if point.time < row.time or (point.value is None and origin.is_counting):
             return False
         is_news = point.time > row.time or point.value != row.value
@@ -470,7 +477,7 @@ class Bookkeeper:
         return is_news
 
     def _add(self, origin: _Origin, stream: _Stream, amount: Value, time: int) -> None:
-        row = self._series.get(stream.row.series) or self._series_row(stream.row.series)
+        row = self._series.get(stream.series) or self._series_row(stream.series)
         has_left = row.expires and row.seen < self._expired_before
         if has_left and not self._was_shown(origin.row, row):
             row = self._return(origin, stream, row)
@@ -488,8 +495,8 @@ class Bookkeeper:
             row = replace(row, base=row.value or 0, born=self._commits + 1, birth=self._now)
             return self._store.restart_series(row)
         series = self._overflow_of(origin)
-        self._store.move_stream(stream.row.id, series, stream.row.labelled)
-        stream.row = stream.row._replace(series=series)
+        self._store.move_stream(stream.id, series, stream.labelled)
+        stream.series = series
         return self._series_row(series)
 
     def _set_total(self, key: str, value: int) -> None:
@@ -500,7 +507,7 @@ class Bookkeeper:
             self._totals[key] = self._books.totals[key] = value
 
     def _advance(self, origin: _Origin, stream: _Stream, value: Value, point: DataPoint) -> bool:
-        key, run = self._run_of(stream.row.id, value, point)
+        key, run = self._run_of(stream.id, value, point)
         amount, after = advance(run, value, point.time)
         if after == run:
             return False
@@ -530,7 +537,8 @@ class Bookkeeper:
             return Drop.TOO_OLD
         # Beyond the writer's latest end nothing can be on disk.
         stored = self._store.delta_members(writer, time) if time <= row.latest else b""
-        cycle = self._books.cycles[writer, time] = _Cycle(bytearray(stored), len(stored))
+        members = dict.fromkeys(stored[at : at + IDENTITY_BYTES] for at in range(0, len(stored), IDENTITY_BYTES))
+        cycle = self._books.cycles[writer, time] = _Cycle(members, len(members))
         return cycle
 
     # --- lookups ---
@@ -599,10 +607,9 @@ class Bookkeeper:
         stream = origin.streams.get(point.attributes)
         if stream is None:
             stream = origin.streams[point.attributes] = self._find_stream(origin, point)
-        if stream.row.labelled != origin.labelled:
-            series = self._find_series(origin, point.attributes)
-            self._store.move_stream(stream.row.id, series, origin.labelled)
-            stream.row = stream.row._replace(series=series, labelled=origin.labelled)
+        if stream.labelled != origin.labelled:
+            stream.series, stream.labelled = self._find_series(origin, point.attributes), origin.labelled
+            self._store.move_stream(stream.id, stream.series, stream.labelled)
         return stream
 
     def _find_stream(self, origin: _Origin, point: DataPoint) -> _Stream:
@@ -613,7 +620,8 @@ class Bookkeeper:
         if stream is None:
             row = self._store.stream(key) or self._add_stream(key, origin, point)
             total = claude_code.total_key(point.metric.name, point.attributes) if origin.scale else None
-            stream = self._streams[key] = _Stream(row, total, known.usage_cell(point.metric, point.attributes))
+            cell = known.usage_cell(point.metric, point.attributes)
+            stream = self._streams[key] = _Stream(*row, total, cell)
         return stream
 
     def _add_stream(self, key: bytes, origin: _Origin, point: DataPoint) -> StreamRow:
@@ -621,22 +629,23 @@ class Bookkeeper:
         writer = 0
         if session or origin.instance:
             whose = (origin.job, origin.instance, session, *([origin.source] if origin.source else []))
-            row = self._store.writer(_digest(whose), self._now)
-            writer = row.id
-            self._writers.setdefault(writer, row)
+            writer = self._writer_ids.get(whose) or self._writer_id(whose)
         return self._store.add_stream(key, self._find_series(origin, point.attributes), writer, origin.labelled)
+
+    def _writer_id(self, whose: tuple[str, ...]) -> int:
+        """The writer with this identity, made if there is none."""
+        row = self._store.writer(_digest(whose), self._now)
+        self._writers.setdefault(row.id, row)
+        self._writer_ids[whose] = row.id
+        return row.id
 
     def _find_series(self, origin: _Origin, attributes: Attributes) -> int:
         """The series of these labels, made if there is none; above a limit, the metric's overflow series."""
-        labels = self._labels(origin, attributes)
-        row = self._store.series(_digest((origin.row.id, origin.job, origin.instance, labels)))
-        if row is None and self._limit_met(origin) is not None:
-            return self._overflow_of(origin)
-        return self._series_of(origin.row, origin.job, origin.instance, labels)
+        return self._series_of(origin, origin.job, origin.instance, self._labels(origin, attributes), is_limited=True)
 
     def _overflow_of(self, origin: _Origin) -> int:
         """The series that takes what is above a limit: one a metric and source."""
-        return self._series_of(origin.row, "", "", tuple(sorted([*_label_of(origin.source), *OVERFLOW])))
+        return self._series_of(origin, "", "", tuple(sorted([*_label_of(origin.source), *OVERFLOW])))
 
     def _limit_met(self, origin: _Origin) -> str | None:
         """The setting that forbids one more series of a metric and source, counted; None when there is room."""
@@ -654,9 +663,14 @@ class Bookkeeper:
                 return setting
         return None
 
-    def _series_of(self, metric: MetricRow, job: str, instance: str, labels: tuple[tuple[str, str], ...]) -> int:
+    def _series_of(
+        self, origin: _Origin, job: str, instance: str, labels: tuple[tuple[str, str], ...], *, is_limited: bool = False
+    ) -> int:
+        metric = origin.row
         key = _digest((metric.id, job, instance, labels))
         row = self._store.series(key)
+        if row is None and is_limited and self._limit_met(origin) is not None:
+            return self._overflow_of(origin)
         if row is None:
             expires = bool(instance) or any(known.is_of_a_session(name, text) for name, text in labels)
             born, now = self._commits + 1, self._now
@@ -680,6 +694,7 @@ class Bookkeeper:
     def _shown(self, attributes: Attributes) -> dict[str, str]:
         """What of some attributes may be shown, in OTLP's spelling, and how long."""
         settings = self._settings
+        most = settings.max_label_length
         shown: dict[str, str] = {}
         for key, value in attributes:
             if key in settings.dropped or key == SOURCE or _is_redacted(value):
@@ -690,7 +705,7 @@ class Bookkeeper:
             text = attribute_text(value)
             if key in settings.hashed:
                 text = blake2b(text.encode(), digest_size=8, key=self._secret).hexdigest()
-            shown[self._cut(key)] = self._cut(text)
+            shown[key if len(key) <= most else self._cut(key)] = text if len(text) <= most else self._cut(text)
         return shown
 
     def _cut(self, text: str) -> str:
@@ -726,7 +741,7 @@ def _text_length(metric: Metric) -> int:
 def _refusal(origin: _Origin, point: DataPoint) -> Drop | None:
     """Why a point must not be counted, as far as the point itself tells."""
     value = point.value
-    if value is None or (isinstance(value, _NUMBER) and 0 <= value <= origin.limit):
+    if value is None:
         return None
     if origin.scale and isinstance(value, _NUMBER) and math.isfinite(value) and value > origin.limit >= 0:
         return Drop.IMPLAUSIBLE
@@ -754,7 +769,7 @@ def _needs_body_hash(origin: _Origin, stream: _Stream, point: DataPoint) -> bool
     """Whether nothing but the body's hash tells a repeat of this point from a second one."""
     if not origin.is_counting:
         return True
-    return not (stream.row.writer and point.time if origin.is_delta else point.start)
+    return not (stream.writer and point.time if origin.is_delta else point.start)
 
 
 def _is_counting(metric: Metric) -> bool:
@@ -762,14 +777,6 @@ def _is_counting(metric: Metric) -> bool:
     return metric.kind not in (Kind.GAUGE, Kind.SUMMARY) and not (
         metric.kind is Kind.UPDOWN and metric.temporality is Temporality.CUMULATIVE
     )
-
-
-def _holds(members: bytearray, identity: bytes) -> bool:
-    """Whether one of the 8-byte identities in `members` is `identity`."""
-    at = members.find(identity)
-    while at >= 0 and at % IDENTITY_BYTES:
-        at = members.find(identity, at + 1)
-    return at >= 0
 
 
 def _digest(value: Any) -> bytes:

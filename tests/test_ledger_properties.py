@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from bridge import bookkeeper
 from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import MAX_GROUP, MAX_PART, Ledger
 from bridge.model import Batch, DataPoint, Drop, Kind, Metric, Receipt, Resource, Scope, Temporality
@@ -234,20 +233,6 @@ def test_bodies_without_a_writer_count_once_each(story: tuple[list[Body], list[D
     with running_bridge() as bridge:
         deliver(bridge, deliveries)
         assert (bridge.shown, bridge.totals) == sums([each for body in bodies for each in body.batch.points])
-
-
-def test_an_identity_is_found_only_where_one_begins() -> None:
-    """The identities of one writer and moment lie one after the other, 8 bytes each."""
-
-    def f(members: str, identity: str, want: bool) -> None:
-        assert bookkeeper._holds(bytearray.fromhex(members), bytes.fromhex(identity)) is want
-
-    a, b = "0102030405060708", "1112131415161718"
-    f("", a, want=False)
-    f(a, a, want=True)
-    f(a + b, b, want=True)
-    f(a + b, "0506070811121314", want=False)  # the end of one and the beginning of the next
-    f(a + b + "0506070811121314", "0506070811121314", want=True)
 
 
 # --- (b) delta = cumulative = truth ----------------------------------------------------------------------------
