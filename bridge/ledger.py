@@ -1,9 +1,9 @@
 """The ledger: posts data points, each exactly once, and knows what is committed.
 
-Law: the database is the truth. One thread, the writer, owns it: it takes all requests that wait, decides what
-each point adds, writes all of it in one transaction (group commit) and answers after the commit returned. What
-the event loop sees, the projection, moves only then. After a failed commit the writer's memory is thrown away
-and, unless the disk was merely full, the state is read again from disk.
+Law: the database is the truth. One thread, the writer, owns it: it takes a group of requests, decides what each
+point adds, writes all of it in one transaction (group commit) and answers after the commit returned. What arrives
+meanwhile is the next group. What the event loop sees, the projection, moves only after a commit. After a failed one
+the writer's memory is thrown away and, unless the disk was merely full, the state is read again from disk.
 
 Identities. A stream is metric, scope name, all point attributes and the three service.* identity attributes of
 the resource. A delta point of a stream with a writer (session.id or service.instance.id) is named by stream,
@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import threading
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from math import ceil
@@ -39,6 +39,10 @@ MAX_GROUP = 256
 """Requests that share one commit."""
 MAX_GROUP_POINTS = 4_000
 """Data points beyond which no more requests join a group, so that one commit stays short."""
+GATHER_SECONDS = 0.01
+"""How long the first request of a group waits for others, at most."""
+GATHER_TURNS = 3
+"""Turns of the event loop without another request after which nobody is waited for: who was just answered is quick."""
 MAX_PART = 250
 """Data points of one body that share a transaction. A larger body is posted part by part, and what others send goes
 between; the parts are named by the body and their number, so this cannot change without a new schema."""
@@ -122,7 +126,11 @@ class Ledger:
         self._settings = settings
         self._clock_ms = clock_ms
         self._failed = failed
-        self._queue: SimpleQueue[_Request | list[_Request] | _Job | None] = SimpleQueue()
+        self._queue: SimpleQueue[list[_Request] | _Job | None] = SimpleQueue()
+        self._arrived: deque[_Request] = deque()
+        self._gathers_until = 0.0
+        self._is_posting = False
+        self._last_group = 0
         self._turn = asyncio.Lock()
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._mark = mark
@@ -186,8 +194,43 @@ class Ledger:
 
     async def _post(self, post: Post) -> Receipt:
         request = _Request(post, self._loop.create_future())
-        self._queue.put(request)
+        self._arrived.append(request)
+        if len(self._arrived) == 1 and not self._is_posting:
+            self._begin_group()
         return await request.answer
+
+    def _begin_group(self) -> None:
+        """Gather what comes with the first request that waits. A lone sender's need not wait for others."""
+        self._is_posting = True
+        self._gathers_until = self._loop.time() + GATHER_SECONDS
+        if self._last_group == 1 and len(self._arrived) == 1:
+            self._hand_over()
+        else:
+            self._gather(0, GATHER_TURNS)
+
+    def _gather(self, count: int, turns: int) -> None:
+        """Hand a group to the writer when the loop has turned some times without another request."""
+        if len(self._arrived) > count:
+            count, turns = len(self._arrived), GATHER_TURNS
+        if turns and count < MAX_GROUP and self._loop.time() < self._gathers_until:
+            self._loop.call_soon(self._gather, count, turns - 1)
+        elif self._arrived:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        group: list[_Request] = []
+        points = 0
+        while self._arrived and len(group) < MAX_GROUP and points < MAX_GROUP_POINTS:
+            group.append(self._arrived.popleft())
+            points += _weight(group[-1].post.batch)
+        self._last_group = len(group)
+        group[-1].answer.add_done_callback(self._end_group)
+        self._queue.put(group)
+
+    def _end_group(self, _: "asyncio.Future[Receipt]") -> None:
+        self._is_posting = False
+        if self._arrived:
+            self._begin_group()
 
     async def forget_requests(self, days: float) -> int:
         """Delete request rows older than `days`, a thousand a transaction; their number. Sums and keys stay."""
@@ -331,6 +374,8 @@ class Ledger:
     async def stop(self) -> None:
         """Post what waits, checkpoint, close."""
         if self._thread.is_alive():
+            while self._arrived:
+                self._hand_over()
             self._queue.put(None)
             await self._stopped
 
@@ -425,30 +470,11 @@ class Ledger:
         return len(self.families.get(metric, ())), self.sources[source], self.count
 
     def _serve(self, bookkeeper: Bookkeeper) -> None:
-        stopping = False
-        while not stopping:
-            group: list[_Request] = []
-            jobs: list[_Job] = []
-            waiting = [self._queue.get()]
-            points = 0
-            while len(waiting) < MAX_GROUP and points < MAX_GROUP_POINTS and not self._queue.empty():
-                waiting.append(self._queue.get())
-                if isinstance(waiting[-1], _Request):
-                    points += _weight(waiting[-1].post.batch)
-            for task in waiting:
-                match task:
-                    case None:
-                        stopping = True
-                    case _Request():
-                        group.append(task)
-                    case list():
-                        group += task
-                    case _Job():
-                        jobs.append(task)
-            if group:
-                self._answer(bookkeeper, group)
-            for job in jobs:
-                self._do(bookkeeper, job)
+        while (task := self._queue.get()) is not None:
+            if isinstance(task, _Job):
+                self._do(bookkeeper, task)
+            else:
+                self._answer(bookkeeper, task)
 
     def _answer(self, bookkeeper: Bookkeeper, group: list[_Request]) -> None:
         began = perf_counter()
