@@ -198,7 +198,7 @@ class Bookkeeper:
         self._clock_ms = clock_ms
         self._live = live
         self.is_lost = False
-        self._must_reopen = False
+        self._must_reopen = self._is_cramped = False
         self.lost = 0
         self._commits = 0
         self._now = self._expired_before = 0
@@ -282,13 +282,21 @@ class Bookkeeper:
         if self._must_reopen:
             self._store.reopen()
         else:
-            self._store.make_room()
+            self._is_cramped = True
+            self._make_room()
         loaded = self._snapshot()
         self.is_lost = self._must_reopen = False
         return loaded
 
+    def _make_room(self) -> None:
+        """After the disk was full: what room there is goes to the database first, else the WAL would take all of it
+        and could never be emptied."""
+        if self._is_cramped:
+            self._is_cramped = not self._store.make_room()
+
     def do(self, work: Callable[[], Any]) -> Any:
         """One transaction of somebody else's making; what it changes is read again."""
+        self._make_room()
         with self._store.transaction() as committed:
             result = work()
         self._commits += committed()
@@ -297,6 +305,7 @@ class Bookkeeper:
 
     def post(self, group: list[Post]) -> tuple[list[Receipt], Change | None]:
         """Post a group of requests in one transaction: a receipt for each, and what the projection must learn."""
+        self._make_room()
         self._now = self._clock_ms()
         self._expired_before = self._now - self._settings.expiry_ms
         if max(len(self._streams), len(self._series), len(self._runs), len(self._origins)) > MAX_CACHED:

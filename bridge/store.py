@@ -57,6 +57,8 @@ DISK_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 """What reading and writing can raise; the second where a flipped bit has made text that is none."""
 PATIENCE_MS = 100
 """How long a checkpoint that must not hold anybody up waits for readers."""
+PAGE_BYTES, MIN_LOG_PAGES, LOG_PAGES = 4096, 16, 1000
+"""Of the write-ahead log, which is emptied into the database when it is so long."""
 THOROUGH_BYTES = 64 * 2**20
 """Up to this size a start compares every index with its table as well: a hundredth of a second for 20 MB."""
 KEPT_COPIES, KEPT_DAYS = 3, 7
@@ -753,6 +755,15 @@ class Store:
     def _configure(self) -> None:
         for pragma in _PRAGMAS:
             self._connection.execute(f"pragma {pragma}")
+        self._limit_log()
+
+    def _limit_log(self) -> None:
+        """Let the WAL grow to a quarter of what is free, four megabytes at most, for it takes room to empty it."""
+        pages = LOG_PAGES
+        with contextlib.suppress(OSError):
+            quarter = shutil.disk_usage(self.path.parent).free // 4
+            pages = min(max(quarter // PAGE_BYTES, MIN_LOG_PAGES), LOG_PAGES)
+        self._connection.execute(f"pragma wal_autocheckpoint = {pages}")
 
     def _upgrade(self, version: int, now: int) -> None:
         """From an empty database, or from an older schema, to this one, in one transaction."""
@@ -793,16 +804,20 @@ class Store:
         """Write something that changes nothing, to see whether the disk takes it. Raises StoreUnavailable."""
         self.execute(f"pragma user_version = {self.version}")
 
-    def make_room(self) -> None:
-        """On a full disk: the WAL, which grows up to four megabytes, is worth more as free space."""
-        with contextlib.suppress(sqlite3.Error):
-            self._checkpoint()
+    def make_room(self) -> bool:
+        """On a full disk: the WAL, which grows up to four megabytes, is worth more as free space. Whether it is
+        empty; it takes some room to empty it."""
+        try:
+            return not self._checkpoint()
+        except sqlite3.Error:
+            return False
 
     def _checkpoint(self) -> bool:
         """Empty the WAL into the database; whether readers kept it from that."""
         self._connection.execute(f"pragma busy_timeout = {PATIENCE_MS}")
         ((is_busy, *_),) = self._connection.execute("pragma wal_checkpoint(truncate)")
         self._connection.execute("pragma busy_timeout = 5000")
+        self._limit_log()
         return bool(is_busy)
 
     def abandon(self) -> None:

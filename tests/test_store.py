@@ -7,6 +7,7 @@ its sender, who repeats it, is never counted twice; what is shown is committed a
 import errno
 import os
 import resource
+import shutil
 import sqlite3
 import stat
 import time
@@ -714,6 +715,44 @@ def test_on_a_full_disk_the_log_makes_room(tmp_path: Path) -> None:
         assert not wal.stat().st_size
         rig.post(BODIES[1])
         assert rig.totals == TRUTHS[1]
+
+
+def new_series(number: int) -> Body:
+    """A body that takes about 70 kB of the log."""
+    return body(f"{{session: n{number}, type: input, start: 1000, time: 1060, delta: 1}}")
+
+
+def test_room_on_a_full_disk_goes_to_the_database_first(tmp_path: Path) -> None:
+    """The log could not be emptied while there was no room; what is freed then must not be eaten by the log."""
+    is_full = False
+
+    def around(sql: str, run: Callable[[], T]) -> T:
+        if is_full and ("update meta" in sql or "checkpoint(" in sql):
+            raise disk_full()
+        return run()
+
+    with rig_in(tmp_path, connect=watched(around)) as rig:
+        for number in range(10):
+            rig.post(new_series(number))
+        wal = rig.directory / f"{DATABASE}-wal"
+        before = wal.stat().st_size
+        is_full = True
+        with pytest.raises(StoreUnavailable):
+            rig.post(new_series(10))
+        assert wal.stat().st_size >= before
+        is_full = False
+        rig.post(new_series(10))
+        assert wal.stat().st_size < before / 2
+        assert rig.totals == {"tokens.input": 11}
+
+
+def test_on_a_small_disk_the_log_leaves_room_to_empty_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=2 * 2**20))
+    with rig_in(tmp_path) as rig:
+        for number in range(40):
+            rig.post(new_series(number))
+        assert (rig.directory / f"{DATABASE}-wal").stat().st_size < 2**20
 
 
 def test_a_quota_and_a_read_only_file_system_are_no_broken_disk(
