@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from bridge import __version__, edits, filesystem, setup, store
+from bridge import __version__, edits, exporters, filesystem, setup, store
 from bridge.config import Config
 from bridge.daemon import default_state_dir
 from bridge.listeners import own_certificate, split_address
@@ -123,6 +123,8 @@ class Evidence:
     """Why the bridge does not show its metrics."""
     elsewhere: Answer | None = None
     """Where no bridge is kept on this machine: what the one said that Claude Code is set to export to."""
+    settings: tuple[exporters.Exporter, ...] = ()
+    """What other tools are told of their exports."""
 
 
 def run(config: Config, environment: Mapping[str, str], *, as_json: bool) -> tuple[str, int]:
@@ -143,6 +145,7 @@ def examine(found: Evidence) -> list[Finding]:
         *check_directory(found.directory, found.user),
         *check_database(found.inspection),
         *check_claude(found.layers, found.elsewhere.address if found.elsewhere else found.endpoint),
+        *check_exporters(found.settings, found.elsewhere.address if found.elsewhere else found.endpoint),
         *check_transcripts(found.transcripts, found.metrics, found.now),
         *check_others(found.others, found.metrics, found.now),
         *check_xrg_endpoint(found.xrg_endpoint, found.endpoint),
@@ -458,6 +461,18 @@ def _reason(name: str) -> str:
     return "it does not lead to this bridge"
 
 
+def check_exporters(found: tuple[exporters.Exporter, ...], endpoint: str) -> Iterator[Finding]:
+    """What of other tools' settings keeps their exports from this bridge, where they are told to export."""
+    for exporter in found:
+        if exporter.problem:
+            yield Finding(Status.WARN, exporter.tool, exporter.problem, "repair the file")
+        elif exporters.exports(exporter):
+            misfits = list(exporters.misfits(exporter, endpoint))
+            yield from (Finding(Status.WARN, exporter.tool, what, todo) for what, todo in misfits)
+            if not misfits:
+                yield Finding(Status.OK, exporter.tool, f"{exporter.title} is set to export to {endpoint}")
+
+
 def check_transcripts(transcripts: Transcripts, metrics: Metrics | None, now: float) -> Iterator[Finding]:
     """Has Claude Code been used without telling us?"""
     root, count, newest = transcripts
@@ -598,6 +613,7 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
         others=tuple(_others(environment, home)),
         denied=denied,
         elsewhere=None if is_kept_here else _elsewhere(layers),
+        settings=tuple(exporters.of_tools(environment, endpoint)),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bridge import __version__, doctor, filesystem
+from bridge import __version__, doctor, exporters, filesystem
 from bridge.config import Config, load
 from bridge.doctor import Answer, Directory, Finding, Layer, Metrics, Status, Transcripts
 from bridge.model import Drop
@@ -377,6 +377,47 @@ def test_other_tools_are_named_with_what_they_do_not_tell(tmp_path: Path) -> Non
     texts = [next(doctor.check_others(others, metrics, time.time())).what for metrics in ({}, exporting)]
     assert texts[0].startswith(f"Codex: 1 under {tmp_path}/sessions, the newest")
     assert ["setup codex" in text for text in texts] == [True, False]
+
+
+def test_what_keeps_the_exports_of_codex_and_gemini_away(tmp_path: Path) -> None:
+    def f(codex: str = "", gemini: str = "", **environment: str) -> list[tuple[Status, str]]:
+        for directory, name, text in ((".codex", "config.toml", codex), (".gemini", "settings.json", gemini)):
+            (tmp_path / directory).mkdir(exist_ok=True)
+            (tmp_path / directory / name).write_text(text)
+        told = tuple(exporters.of_tools({"HOME": str(tmp_path), **environment}, ENDPOINT))
+        found = doctor.check_exporters(told, ENDPOINT)
+        return [(finding.status, f"{finding.what} -> {finding.todo}") for finding in found]
+
+    config, settings = tmp_path / ".codex" / "config.toml", tmp_path / ".gemini" / "settings.json"
+    wanted = {"enabled": True, "otlpEndpoint": f"{ENDPOINT}/", "otlpProtocol": "http", "logPrompts": False}
+    todo = "claude-otel-bridge setup gemini --write"
+    assert f() == f(gemini='{"telemetry": {"enabled": false}}') == f('[otel]\nexporter = "none"') == []
+    assert f(gemini=json.dumps({"telemetry": wanted})) == [(OK, f"Gemini CLI is set to export to {ENDPOINT} -> ")]
+    assert f(GEMINI_TELEMETRY_ENABLED="1", GEMINI_TELEMETRY_LOG_PROMPTS="0") == [
+        (WARN, "telemetry.otlpEndpoint=http://localhost:4317 by default: it does not lead to this bridge -> " + todo),
+        (WARN, "telemetry.otlpProtocol=grpc by default: http is needed; gRPC is not served -> " + todo),
+    ]
+    away = {**wanted, "target": "gcp", "outfile": "/tmp/x", "logPrompts": True}
+    assert [text.partition(f" in {settings}: ")[::2] for _, text in f(gemini=json.dumps({"telemetry": away}))] == [
+        ("telemetry.target=gcp", f"local is needed; this is Google Cloud -> {todo}"),
+        ("telemetry.outfile=/tmp/x", f"what is written to a file is sent nowhere -> {todo}"),
+        ("telemetry.logPrompts=True", f"your prompts are sent along; the bridge throws them away -> {todo}"),
+    ]
+    elsewhere = f(gemini=json.dumps({"telemetry": wanted}), OTEL_EXPORTER_OTLP_ENDPOINT="http://other:4318")
+    name = "OTEL_EXPORTER_OTLP_ENDPOINT"
+    what = f"{name}=http://other:4318: it does not lead to this bridge -> unset {name} where your shell sets it"
+    assert elsewhere == [(WARN, what)]
+    good = f'exporter = {{ otlp-http = {{ endpoint = "{ENDPOINT}/v1/logs", protocol = "json" }} }}'
+    assert f(f"[otel]\n{good}") == [(OK, f"Codex is set to export to {ENDPOINT} -> ")]
+    grpc = f'[otel]\n{good}\nmetrics_exporter = {{ otlp-grpc = {{ endpoint = "http://localhost:4317" }} }}'
+    todo = "claude-otel-bridge setup codex --write"
+    why = "otlp-http is needed; gRPC is not served"
+    assert f(grpc) == [(WARN, f"otel.metrics_exporter=otlp-grpc in {config}: {why} -> {todo}")]
+    ((status, text),) = f(f"[otel]\n{good}".replace("v1/logs", "v1/metrics"))
+    assert (status, text.partition(": ")[2]) == (WARN, f"it does not lead to this bridge's /v1/logs -> {todo}")
+    ((status, text),) = f(gemini="{")
+    assert status is WARN
+    assert text.startswith(f"{settings} cannot be read: ")
 
 
 def test_transcripts_are_found(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ FLOORS = (
     ("web.*", "transcripts", "forwarding", "listeners"),
     ("daemon",),
     ("setup", "reporting", "statusline"),
+    ("exporters",),
     ("service", "doctor", "terminal", "simulator"),
     ("cli",),
     ("__main__",),
