@@ -3,6 +3,7 @@
 from tests.museum import Edit, Exhibit
 
 BOOKKEEPER, LEDGER, STORE, DAEMON = "bridge/bookkeeper.py", "bridge/ledger.py", "bridge/store.py", "bridge/daemon.py"
+KNOWN, GEMINI_LINES = "bridge/tools/known.py", "bridge/tools/gemini_lines.py"
 SERVER, RECEIVER, USAGE = "bridge/web/server.py", "bridge/web/receiver.py", "bridge/usage.py"
 SCHEDULES = "tests/rigs/test_schedule.py::test_every_schedule_adds_up_to_the_oracle"
 POWER = "tests/rigs/test_disk.py::test_whatever_the_power_leaves_what_was_acknowledged_is_there"
@@ -282,5 +283,83 @@ EXHIBITS: dict[str, Exhibit] = {
         "what is refused is told to its sender",
         (Edit(RECEIVER, "        rejected = len(receipt.refused)\n", "        rejected = 0\n"),),
         ("tests/test_receiver.py",),
+    ),
+    "sums_of_agents_too": Exhibit(
+        "a span that sums up those below it counts no request again",
+        (
+            Edit(
+                "bridge/usage_store.py",
+                '            "select 1 from span as outer_, span as inner_ where outer_.usage = ?1 and inner_.parent = outer_.span"\n'
+                '            " and inner_.trace = outer_.trace"\n',
+                '            "select 1 where ?1 < 0"\n',
+            ),
+        ),
+        ("tests/test_genai.py::test_each_request_of_a_trace_counts_once_in_any_order",),
+    ),
+    "both_instrumentations": Exhibit(
+        "a response that two instrumentations tell of counts once",
+        (
+            Edit(
+                "bridge/usage_store.py",
+                "        response = row.request and place.trace + row.request\n",
+                "        response = row.request and place.trace + row.request + place.span\n",
+            ),
+        ),
+        ("tests/test_genai.py::test_each_request_of_a_trace_counts_once_in_any_order",),
+    ),
+    "histograms_too": Exhibit(
+        "a histogram beside the counters that replace it counts nothing",
+        (Edit(KNOWN, "repeats=genai.repeats(batch.points)", "repeats=frozenset()"),),
+        ("tests/test_genai.py::test_a_histogram_beside_the_counters_that_replace_it_counts_nothing",),
+    ),
+    "both_names": Exhibit(
+        "what a known tool also says under the names of GenAI counts once",
+        (
+            Edit(
+                KNOWN,
+                'if module is None or (module is genai and _is_repeated(metric.resource.get("service.name"))):',
+                "if module is None:",
+            ),
+        ),
+        ("tests/test_genai.py::test_tools_that_are_known_are_not_counted_again",),
+    ),
+    "cached_twice": Exhibit(
+        "what was read from a cache is part of Gemini's input, and counts once",
+        (Edit(GEMINI_LINES, "max(0, prompt - cached) + tool", "prompt + tool"),),
+        ("tests/test_gemini.py::test_each_source_alone_and_all_together_say_the_same",),
+    ),
+    "every_writing": Exhibit(
+        "a message that is written again, when its tools end or a chat is rewound, counts once",
+        (
+            Edit(
+                GEMINI_LINES,
+                '            digest(f"{self._file}\\0{name}"),\n',
+                '            digest(f"{self._file}\\0{name}\\0{self._lines}"),\n',
+            ),
+        ),
+        ("tests/test_gemini_lines.py::test_every_rule_holds_as_it_is_written",),
+    ),
+    "resumed_anew": Exhibit(
+        "a chat that was resumed under another format is the same chat",
+        (Edit(GEMINI_LINES, 'self._file = name.rpartition(".")[0]', "self._file = name"),),
+        (
+            "tests/test_gemini_lines.py::test_every_rule_holds_for_history",
+            "tests/test_gemini_lines.py::test_every_rule_holds_as_it_is_written",
+        ),
+    ),
+    "parts_of_one_name": Exhibit(
+        "each part of a large body is known by a name of its own",
+        (Edit(LEDGER, "body=name + at.to_bytes(4)", "body=name"),),
+        ("tests/test_ledger_properties.py::test_what_is_missing_of_a_large_body_is_added_by_the_retry",),
+    ),
+    "nothing_there": Exhibit(
+        "what no descriptor is left for is not taken for absent",
+        (Edit("bridge/descriptors.py", "        if ran_out(error):\n", "        if False:\n"),),
+        ("tests/test_transcripts.py::test_history_stays_history_and_news_news_when_descriptors_run_out",),
+    ),
+    "log_eats_all": Exhibit(
+        "what room there is after a full disk goes to the database before the log",
+        (Edit(BOOKKEEPER, "self._is_cramped = not self._store.make_room()", "self._is_cramped = False"),),
+        ("tests/test_store.py::test_room_on_a_full_disk_goes_to_the_database_first",),
     ),
 }
