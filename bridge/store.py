@@ -55,6 +55,8 @@ from bridge.temporality import Run
 SERVED = "served.bin"
 DISK_ERRORS = (sqlite3.Error, UnicodeDecodeError)
 """What reading and writing can raise; the second where a flipped bit has made text that is none."""
+USUAL_CACHE = 2_000
+"""Kilobytes of pages in memory."""
 PATIENCE_MS = 100
 """How long a checkpoint that must not hold anybody up waits for readers."""
 PAGE_BYTES, MIN_LOG_PAGES, LOG_PAGES = 4096, 16, 1000
@@ -811,6 +813,12 @@ class Store:
             return not self._checkpoint()
         except sqlite3.Error:
             return False
+
+    def cache(self, kilobytes: int = 0) -> None:
+        """How much of the database to keep in memory, as usual without a number. Raises StoreUnavailable."""
+        self.execute(f"pragma cache_size = {-(kilobytes or USUAL_CACHE)}")
+        if not kilobytes:
+            self.execute("pragma shrink_memory")
 
     def _checkpoint(self) -> bool:
         """Empty the WAL into the database; whether readers kept it from that."""

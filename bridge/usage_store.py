@@ -27,6 +27,9 @@ MAX_INTEGER = 2**63 - 1
 _MAX_PARAMETERS = 500
 MAX_OPEN_SPANS = 1_000
 """Spans around a request that are looked at for whether they sum it up: the latest."""
+LOADING_CACHE = 8_000
+"""Kilobytes of pages to keep in memory while history is loaded: keys fall anywhere, so each batch needs most pages of
+the indexes."""
 LOADING, LOADED = 1, 2
 """Values of `is_history`: read, and not yet summed up; and that done."""
 REQUESTS, HISTORY, METRICS = 0, 1, 2
@@ -148,6 +151,7 @@ class UsageStore:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._is_loading = False
 
     # --- names ---
 
@@ -307,6 +311,9 @@ class UsageStore:
 
     def load_history(self, rows: Iterable[Columns]) -> None:
         """Add rows of history in bulk; of equal keys the larger output stays, then the original, then the older."""
+        if not self._is_loading:
+            self._store.cache(LOADING_CACHE)
+            self._is_loading = True
         self._store.executemany(
             _INSERT + " on conflict (key) do update set session = excluded.session, model = excluded.model,"
             " time = excluded.time, input = excluded.input, output = excluded.output, cache_read = excluded.cache_read,"
@@ -322,6 +329,8 @@ class UsageStore:
 
     def finish_history(self) -> None:
         """Once all history is loaded: side-chain copies do not count, and the rest is summed up."""
+        self._is_loading = False
+        self._store.cache()
         self._store.execute(
             f"update usage set is_counted = 0 where is_history = {LOADING} and is_sidechain and is_counted and exists ("
             # || makes text, and every blob is greater than any text.
