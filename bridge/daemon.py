@@ -36,11 +36,12 @@ from bridge.listeners import (
     room_for,
     shown_addresses,
 )
-from bridge.mark import Mark, MarkUnreadable, read_mark
+from bridge.mark import Mark, MarkUnreadable, checksum, read_mark
 from bridge.model import Usage
 from bridge.pricing import Prices, normalise_model
 from bridge.recovery import recover
 from bridge.store import (
+    DATABASE,
     SCHEMA_VERSION,
     Damaged,
     StateError,
@@ -169,9 +170,11 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
         tls.tell = throttle.warning
     telemetry = Telemetry(time.time, throttle)
     telemetry.note_build(loop_name)
+    mark = _mark(directory)
+    has_changed = mark is not None and mark.database not in (0, checksum(directory / DATABASE))
     ledger = Ledger(
         Store(directory), ledger_settings(config), _clock_ms, fail,
-        price=_lazy_price(config), normalise=normalise_model, mark=_mark(directory),
+        price=_lazy_price(config), normalise=normalise_model, mark=mark,
         recover=_recovery(directory, accept_data_loss=accept_data_loss),
     )  # fmt: skip
     follower = _follower(config, ledger, telemetry, throttle)
@@ -209,6 +212,11 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
         if ledger.lost:
             log.warning(f"state went back {ledger.lost} transactions; counters stand still until it has caught up")
             telemetry.lost.inc(ledger.lost)
+        elif has_changed:
+            log.warning(
+                f"{directory / DATABASE} is not as the bridge left it; if nobody has changed it, the disk may be"
+                " failing; what is served was checked, what tells repeats was not"
+            )
         addresses = shown_addresses(sockets)
         log.info("ready", extra={"version": __version__, "listen": addresses, "state": str(directory)})
         supervisor.notify(f"READY=1\nSTATUS=version {__version__} serves {addresses}")
@@ -217,7 +225,7 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
                 tasks.create_task(_every(EXPIRE_SECONDS, _expire(ledger))),
                 tasks.create_task(_every(FORGET_SECONDS, forgetful.forget)),
                 tasks.create_task(_every(PROBE_SECONDS, ledger.probe)),
-                tasks.create_task(_every(MARK_SECONDS, ledger.write_mark)),
+                tasks.create_task(_every(MARK_SECONDS, ledger.write_mark, at_once=True)),
                 tasks.create_task(_every(COPY_CHECK_SECONDS, copies.keep)),
                 tasks.create_task(_every(SURVEY_SECONDS, lambda: _survey(ledger, telemetry), at_once=True)),
                 *([tasks.create_task(_followed(follower, fail))] if follower else []),
@@ -236,7 +244,7 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
         await ledger.stop()
         watch.stop()
         with contextlib.suppress(StoreUnavailable):
-            await ledger.write_mark()
+            await ledger.write_mark(await asyncio.to_thread(checksum, directory / DATABASE))
         receiver.close()
         for sock in sockets:
             sock.close()

@@ -342,11 +342,12 @@ class Ledger:
         """The lifetime totals, held up where the database has gone back."""
         return self.floors.lift(self.totals)
 
-    async def write_mark(self) -> None:
-        """Bring the mark beside the database up to date, if something was committed. Raises StoreUnavailable."""
+    async def write_mark(self, database: int = 0) -> None:
+        """Bring the mark beside the database up to date, if something was committed, or there is a checksum of the
+        database, which is closed then. Raises StoreUnavailable."""
         commits = max(self.commits, self._committed)
         has_served = self.totals or self.count or self.served
-        if not self.ready or not has_served or commits == self._marked:
+        if not self.ready or not has_served or (commits == self._marked and not database):
             return
         families = [(self.metrics[metric], list(family.values())) for metric, family in self.families.items()]
         joined = [(self.models[row.model], row) for row in self.served.values()]
@@ -356,6 +357,7 @@ class Ledger:
             tuple((model.tool, model.name, row.kind, row.value) for model, row in joined),
             self.floors.lost,
             tuple(self.scrapers),
+            database,
         )
         await asyncio.to_thread(self._write_mark, mark, families)
 
@@ -367,7 +369,7 @@ class Ledger:
                     name = series.name = series.name or series_name(metric, series.row)
                     mark.series[name] = state_of(series.row, series.floor)
         with self._marking:
-            if mark.commits > self._marked:  # else one that was begun later was faster
+            if mark.commits > self._marked or mark.database:  # else one that was begun later was faster
                 write_mark(self._store.path.parent, mark)
                 self._marked = mark.commits
 

@@ -386,6 +386,24 @@ def use(daemon: Daemon, session: str, amount: int, minute: int) -> None:
         assert daemon.post("/v1/metrics", body, PROTOBUF).status == 200
 
 
+def test_a_database_that_was_changed_while_no_bridge_ran_is_told_of(daemon: Daemon) -> None:
+    """Also where only what tells repeats apart has changed, which no counter shows."""
+    words = "state.db is not as the bridge left it"
+    use(daemon, "a", 100, 0)
+    daemon.stop()
+    file = daemon.state_dir / DATABASE
+    with closing(sqlite3.connect(f"file:{file}?mode=ro&immutable=1", uri=True)) as database:
+        ((members,), *_) = database.execute("select members from delta_point")
+    daemon.restart()
+    assert words not in daemon.log
+    daemon.stop()
+    file.write_bytes(file.read_bytes().replace(members, bytes([members[0] ^ 1]) + members[1:]))
+    daemon.start()
+    assert words in daemon.log
+    daemon.restart()
+    assert daemon.log.count(words) == 1
+
+
 def test_xrg_sees_no_fall_and_no_false_growth_after_a_restore(daemon: Daemon) -> None:
     xrg = XRG()
     use(daemon, "a", 100, 0)

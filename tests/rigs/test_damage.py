@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from bridge.ledger import Ledger
-from bridge.mark import read_mark
+from bridge.mark import checksum, read_mark
 from bridge.recovery import recover
 from bridge.store import DATABASE, SCHEMA_VERSION, Damaged, StateError, Store, back_up
 from tests.rigs.progress import Progress
@@ -88,6 +88,7 @@ def make_images(directory: Path) -> dict[str, Image]:
         for name in ("killed", "stopped"):
             if name == "stopped":
                 rig.stop()
+                rig.call(rig.ledger.write_mark(checksum(rig.directory / DATABASE)))
             files = directory / name
             shutil.copytree(rig.directory, files, ignore=shutil.ignore_patterns("*-shm"))
             images[name] = Image(files, rig.held_totals, rig.held)
@@ -194,6 +195,10 @@ def run_cases(directory: Path, count: int) -> Counter[str]:
         image = images[DAMAGES[kind][0]]
         with closing(RecoveringRig(directory, name=f"case{number}")) as rig:
             damage(image, rig.directory, kind, choose, has_copy=has_copy)
+            if image is images["stopped"]:
+                mark = read_mark(rig.directory)
+                assert mark is not None
+                assert checksum(rig.directory / DATABASE) != mark.database, f"case {number}, {kind}"
             try:
                 result = outcome(rig, image)
             except AssertionError as error:
