@@ -1,10 +1,13 @@
 """Settings: layers, types, errors that say what to do, and a file that reads back as it was shown."""
 
+import os
+import ssl
 import tomllib
 from typing import Any
 
 import pytest
 
+from bridge import cli
 from bridge.config import DESCRIPTIONS, Config, ConfigError, Limits, load, to_toml
 
 
@@ -83,3 +86,14 @@ def test_what_is_shown_reads_back_equal() -> None:
     assert set(tomllib.loads(shown)) == names - {"prices"}
     priced = settings('[prices."my-model"]\ninput = 1.5\noutput = 3')
     assert load(to_toml(priced), {}, {}, "shown") == priced
+
+
+def test_no_authority_is_trusted_while_the_daemon_is_loaded_and_the_environment_is_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "mine.pem")
+    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
+    before = dict(os.environ)
+    with cli._trusting_nobody():
+        assert ssl.create_default_context().cert_store_stats()["x509"] == 0
+    assert dict(os.environ) == before
