@@ -191,6 +191,8 @@ class Follower:
     async def _first_look(self, root: str, found: list[tuple[str, int]]) -> None:
         """All that stands there now is history; a root that is not there yet has none."""
         tool = self._roots[root]
+        if self._may_start and sum(size for path, size in found if not is_packed(path)) > PROCESS_BYTES:
+            await self._start_readers()  # so that they are ready when it is known what there is to read
         rows = await self._in_reader(lambda: [row for path, _ in found if (row := first_row(tool, path))])
         rows = await self._ledger.add_root(root, rows)
         self._has_history |= any(row.history_end for row in rows)
@@ -399,11 +401,11 @@ class Follower:
         if self._has_history:
             await self._ledger.finish_history()
             self._has_history = False
-            self._may_start = True
-            await self._stop_readers()
             self._note(self._held)
             self._held = set()
             log.info("history is read", extra={"files": self.progress.files})
+        self._may_start = True
+        await self._stop_readers()
         return False
 
     async def _commit(self, chunk: Chunk, *, is_history: bool) -> None:

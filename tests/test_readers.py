@@ -66,8 +66,9 @@ async def until(check: Callable[[], bool]) -> None:
 
 
 def started(bridge: Following) -> Readers | None:
+    """The processes, once it is known what there is to read."""
     assert bridge.follower is not None
-    return bridge.follower._readers
+    return bridge.follower._readers if bridge.follower._has_history else None
 
 
 def test_what_processes_read_is_the_truth_and_lines_written_meanwhile_are_served(
