@@ -186,11 +186,25 @@ class Ledger:
         if _weight(batch) <= MAX_PART:
             return await self._post(post)
         receipts = []
-        for part in _parts(post):
-            async with self._turn:
-                receipts.append(await self._post(part))
+        parts = _parts(post)
+        for part in parts:
+            try:
+                async with self._turn:
+                    receipts.append(await self._post(part))
+            except asyncio.CancelledError:
+                self._post_unanswered((part, *parts))
+                raise
         accepted, duplicate = (sum(counts) for counts in zip(*(receipt[:2] for receipt in receipts), strict=True))
         return Receipt(accepted, duplicate, tuple(refusal for receipt in receipts for refusal in receipt.refused))
+
+    def _post_unanswered(self, parts: Iterable[Post]) -> None:
+        """What is left of a body whose sender is gone, as at the stop: it was accepted, and may not come again."""
+        for part in parts:
+            answer: asyncio.Future[Receipt] = self._loop.create_future()
+            answer.cancel()
+            self._arrived.append(_Request(part, answer))
+        if not self._is_posting:
+            self._begin_group()
 
     async def _post(self, post: Post) -> Receipt:
         request = _Request(post, self._loop.create_future())

@@ -383,6 +383,24 @@ def test_what_is_missing_of_a_large_body_is_added_by_the_retry(fate: Fate, sessi
         assert sum(bridge.totals.values()) == len(body.batch.points)
 
 
+def test_a_large_body_is_posted_to_its_end_before_the_stop() -> None:
+    """Also when its sender is cut off, as those are that take too long."""
+    bodies = [large_body("s1"), large_body("")]
+
+    async def post_and_stop(ledger: Ledger) -> None:
+        answers = [asyncio.ensure_future(ledger.post(body.batch, body.data)) for body in bodies]
+        await ledger.post(bodies[0].batch._replace(points=bodies[0].batch.points[:1]), b"")
+        for answer in answers:
+            answer.cancel()
+        await asyncio.wait(answers)
+        await ledger.stop()
+
+    with running_bridge() as bridge:
+        bridge.rig.call(post_and_stop(bridge.rig.ledger))
+        bridge.rig.start()
+        assert sum(bridge.totals.values()) == sum(len(body.batch.points) for body in bodies)
+
+
 def test_a_small_body_does_not_wait_for_large_ones() -> None:
     small = body_of([point(TOKENS, "input", "s0", 1, 2, 1)])
     ends: list[int] = []
