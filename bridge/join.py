@@ -7,7 +7,8 @@ model, token type) is the larger of that and of what the metrics add up to. Ever
 of what was seen, never on the order in which it came.
 """
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 from operator import itemgetter
 from typing import NamedTuple
@@ -46,42 +47,99 @@ class Verdict(NamedTuple):
     output: int
 
 
-def unite(rows: Iterable[Observed]) -> dict[int, Verdict]:
-    """What each row of a group counts as.
+class _Side:
+    """Rows of one source that may be paired, all with ids or all without: the largest output first, then by key.
+
+    `judged` is what was found of each, in this order; None where nothing was yet. For events that is the negated
+    output that counts, for lines whether they do.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, bytes, int]] = []
+        self.negated: list[int] = []
+        self.judged: list[int | None] = []
+
+    def put(self, row: Observed) -> None:
+        at = bisect_left(self.rows, (-row.output, row.key, row.id))
+        self.rows.insert(at, (-row.output, row.key, row.id))
+        self.negated.insert(at, -row.output)
+        self.judged.insert(at, None)
+
+    def remove(self, row: Observed) -> None:
+        at = bisect_left(self.rows, (-row.output, row.key, row.id))
+        del self.rows[at], self.negated[at], self.judged[at]
+
+    def judge(self, found: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """What is found of each now: the rows of which it is news, as id, output and finding."""
+        if found != self.judged:
+            for (negated, _, row_id), new, old in zip(self.rows, found, self.judged, strict=True):
+                if new != old:
+                    yield row_id, -negated, new
+            self.judged = [*found]
+
+
+class Matching:
+    """A group of rows that may be the same requests, kept in order, so that one more row is judged in little time.
 
     Rows with one request id are one request, told by the event. Of the others an event and a transcript line are
     the same request unless both have ids; the group holds as many requests as the larger side, and each pair takes
-    the larger output. Pairing is by descending output, so it does not depend on the order of arrival.
+    the larger output. Pairing is by descending output, so it does not depend on the order of arrival; those with an
+    id choose first.
     """
-    verdicts: dict[int, Verdict] = {}
-    events: list[Observed] = []
-    lines: list[Observed] = []
-    for row in rows:
-        if row.is_copy or (row.is_united and row.source is Source.TRANSCRIPT):
-            verdicts[row.id] = Verdict(False, row.output)
-        elif row.is_united:
-            verdicts[row.id] = Verdict(True, row.output)
+
+    def __init__(self, rows: Iterable[Observed] = ()) -> None:
+        self._rows: dict[int, Observed] = {}
+        self._decided: dict[int, Verdict] = {}
+        self._sides = {(source, has_id): _Side() for source in Source for has_id in (True, False)}
+        for row in rows:
+            self.put(row)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def put(self, row: Observed) -> None:
+        """Add a row, or replace what was known of it."""
+        self.remove(row.id)
+        self._rows[row.id] = row
+        if row.is_copy or row.is_united:
+            counts = not row.is_copy and row.source is Source.EVENT
+            self._decided[row.id] = Verdict(counts, row.output)
         else:
-            (events if row.source is Source.EVENT else lines).append(row)
-    for event, line in _pairs(events, lines):
-        verdicts[event.id] = Verdict(True, max(event.output, line.output))
-        verdicts[line.id] = Verdict(False, line.output)
-    for row in (*events, *lines):
-        verdicts.setdefault(row.id, Verdict(True, row.output))
-    return verdicts
+            self._sides[row.source, row.has_id].put(row)
+
+    def remove(self, row_id: int) -> None:
+        """Forget a row, if it is there."""
+        row = self._rows.pop(row_id, None)
+        if row is not None and not (row.is_copy or row.is_united):
+            self._sides[row.source, row.has_id].remove(row)
+        self._decided.pop(row_id, None)
+
+    def news(self) -> dict[int, Verdict]:
+        """What rows count as, of those for which that has changed since this was asked last."""
+        changed, self._decided = self._decided, {}
+        events_with, events_without = (self._sides[Source.EVENT, has_id] for has_id in (True, False))
+        lines_with, lines_without = (self._sides[Source.TRANSCRIPT, has_id] for has_id in (True, False))
+        left = lines_without.negated[len(events_with.rows) :]
+        for events, partners in (
+            (events_with, lines_without.negated),
+            (events_without, lines_with.negated + left if left else lines_with.negated),
+        ):
+            larger = [*map(min, events.negated, partners), *events.negated[len(partners) :]]
+            changed |= {row_id: Verdict(True, -found) for row_id, _, found in events.judge(larger)}
+        spare = max(0, len(events_without.rows) - len(lines_with.rows))
+        for lines, paired in (
+            (lines_with, len(events_without.rows)),
+            (lines_without, len(events_with.rows) + spare),
+        ):
+            count = len(lines.rows)
+            counted = [0] * min(paired, count) + [1] * (count - paired)
+            changed |= {row_id: Verdict(found == 1, output) for row_id, output, found in lines.judge(counted)}
+        return changed
 
 
-def _pairs(events: list[Observed], lines: list[Observed]) -> Iterable[tuple[Observed, Observed]]:
-    """As many pairs as possible of which at most one side has an id: those with an id choose first."""
-
-    def by_id(rows: list[Observed], *, has_id: bool) -> list[Observed]:
-        return sorted((row for row in rows if row.has_id is has_id), key=lambda row: (-row.output, row.key))
-
-    events_with, events_without = by_id(events, has_id=True), by_id(events, has_id=False)
-    lines_with, lines_without = by_id(lines, has_id=True), by_id(lines, has_id=False)
-    yield from zip(events_with, lines_without, strict=False)
-    yield from zip(events_without, lines_with, strict=False)
-    yield from zip(events_without[len(lines_with) :], lines_without[len(events_with) :], strict=False)
+def unite(rows: Iterable[Observed]) -> dict[int, Verdict]:
+    """What each row of a group counts as."""
+    return Matching(rows).news()
 
 
 class Cell(NamedTuple):

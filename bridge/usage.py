@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from bridge.join import (
     KINDS,
     Cell,
+    Matching,
     Observed,
     Tokens,
     Verdict,
@@ -26,7 +27,6 @@ from bridge.join import (
     has_metrics,
     request_cell,
     settle,
-    unite,
     worth,
 )
 from bridge.model import CostSource, Source, TranscriptRow, Usage, UsageCell
@@ -57,6 +57,9 @@ OTHER = "other"
 MAX_MODELS = 200
 """Models of all tools together; what comes under further names is counted as `other`."""
 MAX_CACHED = 10_000
+MANY_ALIKE = 32
+"""Rows that may be the same requests, from which on they are kept in memory, so that not all are judged for each."""
+MAX_KEPT = 50_000
 RECENT_MS = 600_000
 """History that is this new may still be told of by an event that was on its way at the first look."""
 
@@ -143,6 +146,7 @@ class UsageBooks:
         self._sessions: dict[tuple[str, str], SessionRow] = {}
         self._labels: dict[str, int] = {}
         self._model_ids: dict[tuple[str, str], int] = {}
+        self._matchings: dict[tuple[int, ...], Matching] = {}
         self._cells: dict[tuple[int, int], Cell] = {}
         self._begin()
 
@@ -331,6 +335,7 @@ class UsageBooks:
 
     def forget_rows(self, before: int, most: int) -> int:
         """Delete old rows; their keys and sums stay. The number of rows deleted."""
+        self._matchings.clear()
         return self._store.forget_rows(before, most)
 
     def _row(self, usage: Usage, *, is_history: bool) -> UsageRow:
@@ -368,8 +373,11 @@ class UsageBooks:
             return
         seeds = [row, *([before] if before is not None else []), *self._relatives(row, before)]
         groups: dict[tuple[int, ...], list[UsageRow]] = {}
+        known: dict[tuple[int, ...], list[UsageRow]] = {}
         for seed in seeds:
-            if not self._may_pair(seed):
+            if self._group_key(seed) in self._matchings:
+                known.setdefault(self._group_key(seed), []).append(seed)
+            elif not self._may_pair(seed):
                 if seed is before:
                     continue  # what it was before concerns no other row
                 groups.setdefault((seed.id,), [seed])
@@ -377,15 +385,43 @@ class UsageBooks:
                 groups[self._group_key(seed)] = self._group(seed)
         olds = {found.id: found for members in groups.values() for found in members}
         olds[row.id] = before if before is not None else row
-        for members in groups.values():
-            verdicts = unite(self._observed(member) for member in members)
+        for key, members in groups.items():
+            matching = Matching(self._observed(member) for member in members)
+            verdicts = matching.news()
             for member in members:
                 states[member.id] = _judged(states.get(member.id, member), verdicts[member.id])
+            if len(members) >= MANY_ALIKE:
+                self._keep(key, matching)
+        for key, members in known.items():
+            verdicts = self._judged_again(key, members, row)
+            for member in (row, *self._store.by_ids(verdicts.keys() - {row.id})):
+                if member.id in verdicts:
+                    olds.setdefault(member.id, member)
+                    states[member.id] = _judged(states.get(member.id, member), verdicts[member.id])
         changed = [state for state in states.values() if state != olds[state.id] or state.id == row.id]
         self._store.write(changed)
         for state in changed:
             is_new = state.id == row.id and before is None
             self._book(None if is_new else olds[state.id], state)
+
+    def _judged_again(self, key: tuple[int, ...], members: Sequence[UsageRow], row: UsageRow) -> dict[int, Verdict]:
+        """What changes in a group that is kept, by some of its members or by `row`, which may have left it."""
+        matching = self._matchings.pop(key)
+        for member in members:
+            if member.id != row.id:
+                matching.put(self._observed(member))
+        if self._group_key(row) == key:
+            matching.put(self._observed(row))
+        else:
+            matching.remove(row.id)
+        self._keep(key, matching)
+        return matching.news()
+
+    def _keep(self, key: tuple[int, ...], matching: Matching) -> None:
+        """Keep a group in memory, and no more than MAX_KEPT rows of others."""
+        self._matchings[key] = matching
+        while len(self._matchings) > 1 and sum(map(len, self._matchings.values())) > MAX_KEPT:
+            del self._matchings[next(iter(self._matchings))]
 
     def _group_key(self, row: UsageRow) -> tuple[int, ...]:
         model = 0 if self._tools[row.model] in self._asked else row.model
@@ -412,7 +448,8 @@ class UsageBooks:
         spans that it tells of in more detail."""
         if not self._is_united(row):
             return self._store.told_by(row.id)
-        relatives = self._store.by_request(row.request) if row.request else []
+        requests = {state.request for state in (row, before) if state is not None and state.request}
+        relatives = [found for request in requests for found in self._store.by_request(request)]
         if row.source == Source.TRANSCRIPT and any(_is_original(state) for state in (row, before)):
             relatives += self._store.copies(row.key[:8])
         return [found for found in relatives if found.id != row.id]

@@ -215,6 +215,13 @@ class UsageStore:
         """Remember keys without a row."""
         self._store.executemany("insert or ignore into usage_key values (?)", ((key,) for key in sorted(keys)))
 
+    def by_ids(self, ids: Iterable[int]) -> list[UsageRow]:
+        return [
+            UsageRow(*row)
+            for row_id in ids
+            for row in self._store.execute(f"select {_COLUMNS} from usage where id = ?", (row_id,))
+        ]
+
     def by_request(self, request: bytes) -> list[UsageRow]:
         sql = f"select {_COLUMNS} from usage where request = ? and not is_history"
         return [UsageRow(*row) for row in self._store.execute(sql, (request,))]

@@ -5,7 +5,7 @@ The stories are of plain requests; each source's view of them is made here, and 
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import reduce
 from itertools import combinations
@@ -16,11 +16,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge.join import KINDS, Cell, Observed, Tokens, Worth, add_cells, add_worth, request_cell, settle, unite, worth
+from bridge.join import (
+    KINDS,
+    Cell,
+    Matching,
+    Observed,
+    Tokens,
+    Verdict,
+    Worth,
+    add_cells,
+    add_worth,
+    request_cell,
+    settle,
+    unite,
+    worth,
+)
 from bridge.model import Source, Usage, UsageCell
 from bridge.pricing import normalise_model
 from bridge.store import Store
-from bridge.usage import UsageBooks
+from bridge.usage import MANY_ALIKE, UsageBooks
 from bridge.usage_store import UsageRow, UsageStore
 from tests.test_cases import unsynced
 
@@ -77,6 +91,63 @@ def test_as_many_are_paired_as_can_be_and_none_is_lost(rows: list[Observed]) -> 
     assert len(counted) == len(rows) - most_pairs(rows)
     for source in Source:
         assert sum(row.output for row in rows if row.source is source) <= sum(verdict.output for verdict in counted)
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.none() | OBSERVED, st.booleans()), max_size=30))
+def test_a_group_that_is_kept_says_what_one_made_anew_says(
+    steps: list[tuple[int, Observed | None, bool]],
+) -> None:
+    """Rows come, change and go; some are copies or told of by an id."""
+    kept, rows, verdicts = Matching(), dict[int, Observed](), dict[int, Verdict]()
+    for row_id, row, is_decided in steps:
+        if row is None:
+            kept.remove(row_id)
+            rows.pop(row_id, None)
+            verdicts.pop(row_id, None)
+        else:
+            is_copy = is_decided and row.has_id
+            rows[row_id] = row._replace(
+                id=row_id, key=bytes([row_id]), is_copy=is_copy, is_united=is_decided and not is_copy
+            )
+            kept.put(rows[row_id])
+        verdicts |= kept.news()
+        assert verdicts == unite(rows.values())
+        assert kept.news() == {}
+
+
+@pytest.mark.parametrize("with_ids", [(), (Source.TRANSCRIPT,), (Source.EVENT,)])
+def test_of_many_rows_alike_few_are_looked_at_for_one_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_ids: tuple[Source, ...]
+) -> None:
+    """The same numbers in hundreds of requests, of which one side or none has ids."""
+    looked_at = 0
+
+    def counting(read: Callable[[UsageStore, Any], list[UsageRow]]) -> Callable[[UsageStore, Any], list[UsageRow]]:
+        def reading(store: UsageStore, wanted: Any) -> list[UsageRow]:
+            nonlocal looked_at
+            found = read(store, wanted)
+            looked_at += len(found)
+            return found
+
+        return reading
+
+    for name in ("group", "by_ids"):
+        monkeypatch.setattr(UsageStore, name, counting(getattr(UsageStore, name)))
+    store = Store(tmp_path, connect=unsynced)
+    store.open(0)
+    with closing(store):
+        books = UsageBooks(store, lambda _: 1, normalise_model, frozenset())
+        books.load()
+        with store.transaction():
+            for at in range(400):
+                for source in Source:
+                    key, name = bytes([source, *at.to_bytes(15, "big")]), f"r{at}" if source in with_ids else ""
+                    books.add(Usage(TOOL, source, key, "s", "claude-x", HOUR, 1, 2, 3, 0, 0, request_id=name))
+            books.flush(1, HOUR)
+        ((requests, outputs),) = store.execute("select sum(requests), sum(output) from rollup").fetchall()
+        counted = store.execute("select sum(is_counted) from usage").fetchall()
+    assert (requests, outputs, counted) == (400, 800, [(400,)])
+    assert looked_at < MANY_ALIKE**2 + 4 * 400
 
 
 def test_many_rows_alike_are_judged_alone_where_none_of_them_can_be_the_same_request(
@@ -394,13 +465,17 @@ def expected(requests: list[Request]) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("sources", SUBSETS, ids="+".join)
-def test_any_subset_of_sources_in_any_order_adds_up_to_the_same(tmp_path: Path, sources: tuple[str, ...]) -> None:
-    """Each source alone and all together tell of every request, so all of them add up to what happened."""
+def test_any_subset_of_sources_in_any_order_adds_up_to_the_same(
+    tmp_path: Path, sources: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each source alone and all together tell of every request, so all of them add up to what happened; also where
+    groups are kept."""
     for seed in SEEDS:
         requests = story(seed)
         views = list(told(requests, sources, seed))
         states = []
         for order in range(3):
+            monkeypatch.setattr("bridge.usage.MANY_ALIKE", 2 if order else MANY_ALIKE)
             choose = random.Random(order)
             usages = [one for one in views if isinstance(one, Usage)]
             repeats = choose.sample(usages, len(usages) // 3)
