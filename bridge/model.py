@@ -216,7 +216,7 @@ class Place(NamedTuple):
     rank: SpanRank
 
 
-class Usage(Struct, frozen=True, gc=False):
+class Usage(Struct, frozen=True, gc=False, array_like=True):
     """One API request as one source tells of it. Token counts are disjoint; `output` includes reasoning.
 
     `key` names the observation for ever (16 bytes); `request_id` is the API's, empty where the source has none;

@@ -86,7 +86,7 @@ def test_what_processes_read_is_the_truth_and_lines_written_meanwhile_are_served
             assert await stored(bridge) == {**expected(truth), "live": live}
             assert bridge.served("claude_code")["live"]["input"] == 30
             assert bridge.served("claude_code").keys() <= {"live"}
-            await until(lambda: started(bridge) is None)
+            await until(lambda: bridge.follower is not None and bridge.follower._readers is None)
 
     asyncio.run(follow())
 
