@@ -99,9 +99,10 @@ class Survey(NamedTuple):
 
 
 class _Report(Struct):
-    """What the points of one cell reported in a transaction: their sum, and the earliest times of end and start."""
+    """What points reported of one cell and quarter in a transaction: amounts by kind, and the earliest times of end
+    and start."""
 
-    amount: int
+    amounts: dict[str, int]
     time_ms: int
     since_ms: int
 
@@ -151,7 +152,7 @@ class UsageBooks:
         self._begin()
 
     def _begin(self) -> None:
-        self._reports: dict[tuple[UsageCell, int], _Report] = {}
+        self._reports: dict[tuple[str, str, str, int], _Report] = {}
         self._dirty_cells: set[tuple[int, int]] = set()
         self._dirty_truths: set[int] = set()
         self._rollups: dict[RollupKey, list[int]] = {}
@@ -185,12 +186,15 @@ class UsageBooks:
             delta = self._estimated(_reported({cell.kind: amount}), cell, amount, time_ms)
             self._add_reported(cell.tool, cell.session, cell.model, delta, time_ms, since_ms)
             return
-        key = (cell, time_ms // QUARTER_MS)
+        tool, session, model, kind = cell
+        key = (tool, session, model, time_ms // QUARTER_MS)
         report = self._reports.get(key)
         if report is None:
-            self._reports[key] = _Report(amount, time_ms, since_ms)
+            self._reports[key] = _Report({kind: amount}, time_ms, since_ms)
             return
-        report.amount += amount
+        report.amounts[kind] = report.amounts.get(kind, 0) + amount
+        if time_ms < report.time_ms:
+            report.time_ms = time_ms
         if since_ms < report.since_ms:
             report.since_ms = since_ms
 
@@ -199,14 +203,8 @@ class UsageBooks:
         if not self._reports:
             return
         reports, self._reports = self._reports, {}
-        together: dict[tuple[str, str, str, int], dict[str, _Report]] = {}
-        for (cell, quarter), report in reports.items():
-            together.setdefault((cell.tool, cell.session, cell.model, quarter), {})[cell.kind] = report
-        for (tool, session, model, _), kinds in together.items():
-            delta = _reported({kind: report.amount for kind, report in kinds.items()})
-            time_ms = min(report.time_ms for report in kinds.values())
-            since_ms = min(report.since_ms for report in kinds.values())
-            self._add_reported(tool, session, model, delta, time_ms, since_ms)
+        for (tool, session, model, _), report in reports.items():
+            self._add_reported(tool, session, model, _reported(report.amounts), report.time_ms, report.since_ms)
 
     def _add_reported(self, tool: str, session: str, model: str, delta: Cell, time_ms: int, since_ms: int) -> None:
         self._add_to_cell(self._session(tool, session), self._model(tool, model), delta, time_ms)
