@@ -14,8 +14,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Set
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
@@ -42,6 +43,8 @@ MAX_NAMES = 100
 """Distinct event and span names that get a series of their own; the rest is `other`."""
 
 log = logging.getLogger("bridge")
+
+M = TypeVar("M", Counter, Gauge)
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------
@@ -140,7 +143,7 @@ class Telemetry:
             if name not in known and (len(known) >= MAX_NAMES or not _is_plain_name(name)):
                 name = "other"
             known.add(name)
-            counter.labels(name).inc(count)
+            _child(counter, name).inc(count)
 
     def note_build(self, loop: str) -> None:
         self._build.labels(__version__, platform.python_version(), loop).set(1)
@@ -151,7 +154,11 @@ class Telemetry:
         if tool not in self._tools:
             tool = tool if len(self._tools) < MAX_NAMES and _is_plain_name(tool) else "other"
             self._tools.add(tool)
-        self.last_export.labels(tool, signal).set(round(self._clock(), 3))
+        _child(self.last_export, tool, signal).set(round(self._clock(), 3))
+
+    def count_request(self, signal: str, code: int) -> None:
+        """Count an OTLP request that was answered."""
+        _child(self.requests, signal, str(code)).inc()
 
     def observe(self, observation: Observation) -> None:
         """Take note of a commit."""
@@ -166,6 +173,12 @@ class Telemetry:
         if wanted.openmetrics:
             return bytes(openmetrics_exposition.generate_latest(registry))  # type: ignore[no-untyped-call]  # same
         return exposition.generate_latest(registry)
+
+
+@lru_cache(256)
+def _child(metric: M, *values: str) -> M:
+    """The metric with these label values, which takes the library some microseconds to find."""
+    return metric.labels(*values)
 
 
 def _is_plain_name(name: str) -> bool:

@@ -80,7 +80,7 @@ class Receiver:
                 code = error.code
                 raise
             finally:
-                self._telemetry.requests.labels(signal.value, str(code)).inc()
+                self._telemetry.count_request(signal.value, code)
 
         return handle  # type: ignore[return-value]  # a coroutine function is what the server awaits
 
