@@ -523,7 +523,8 @@ class UsageBooks:
             return session
         if has_metrics and not session.has_metrics:
             cells = self._store.cells(session.id)
-            cells.update({model: cell for (owner, model), cell in self._cells.items() if owner == session.id})
+            changed = (key for key in self._dirty_cells if key[0] == session.id)
+            cells.update({key[1]: self._cells[key] for key in changed})
             for model, cell in cells.items():
                 truth = self._truth(model)
                 self._truths[model] = truth._replace(own=add_worth(truth.own, self._worth(session.tool, cell)))
