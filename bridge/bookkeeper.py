@@ -53,7 +53,7 @@ from bridge.tools import claude_code, known
 from bridge.usage import UsageBooks, UsageChange
 from bridge.values import add
 
-MAX_CACHED = 20_000
+MAX_CACHED = 60_000
 """Streams, series, writers or runs that the writer keeps in memory; beyond it they are read from disk again."""
 MAX_CACHED_TEXT = 16_384
 """Characters of a metric's and its resource's texts beyond which it is worked out anew each time."""

@@ -73,8 +73,9 @@ BATCH_ADVICE = "lower the client's batch size (send_batch_max_size in a collecto
 SIZE_ADVICE = f"{BATCH_ADVICE} or raise limits.max_body_mib"
 MAX_ATTRIBUTES = 10_000
 """Attributes of one resource or point; SDKs stop at 128."""
-MAX_KNOWN = 16 * 2**20
-"""Bytes of exports whose meaning is remembered, with KNOWN_OVERHEAD for each part: about 20,000 points."""
+MAX_KNOWN = 32 * 2**20
+"""Bytes of exports whose meaning is remembered, with KNOWN_OVERHEAD for each part: about 40,000 points, as of a
+thousand sessions."""
 KNOWN_OVERHEAD = 300
 MAX_KNOWN_POINT = 4_096
 """Bytes of a point beyond which it is not remembered."""
