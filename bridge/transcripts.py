@@ -15,11 +15,11 @@ none.
 
 import asyncio
 import contextlib
+import os
 import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 from bridge.descriptors import ADVICE, ran_out
@@ -261,6 +261,8 @@ class Follower:
 
     async def _read_history(self) -> bool:
         """Have history read and commit what is ready of it; whether there is more."""
+        if not (self._has_history or self._reading):
+            return False
         if self._may_start and self._left() > PROCESS_BYTES:
             await self._start_readers()
         while len(self._reading) < (2 * self._readers.count if self._readers else 1) and (rows := self._next_rows()):
@@ -450,7 +452,7 @@ _NAMES = {tool.roots: name for name, tool in TRANSCRIPTS.items()}
 
 def _directory(root: str) -> Directory | None:
     with contextlib.suppress(OSError):
-        found = Path(root).stat()
+        found = os.stat(root)  # noqa: PTH116  # this and the next are asked every second, and pathlib takes longer
         if stat.S_ISDIR(found.st_mode):
-            return Directory(str(Path(root).resolve()), found.st_dev, found.st_ino)
+            return Directory(os.path.realpath(root), found.st_dev, found.st_ino)
     return None
