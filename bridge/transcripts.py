@@ -52,7 +52,7 @@ SCAN_SECONDS = 600.0
 """Between the scans that find what no event told; POLL_SECONDS where there are no events."""
 POLL_SECONDS = 2.0
 ROOT_SECONDS = 1.0
-BATCH = 32 * 2**20
+BATCH = 16 * 2**20
 """Bytes of history that are committed together, of at most BATCH_FILES files."""
 BATCH_FILES = 256
 PROCESS_BYTES = 64 * 2**20
@@ -361,7 +361,7 @@ class Follower:
         return [read_old(self._tool_of(row.path), row) for row in rows]
 
     async def _commit_next(self) -> None:
-        """Commit what is read first; return when something else has changed, or may have."""
+        """Commit what is read first; return when something else has changed, or may have: nobody waits for two."""
         waking = asyncio.create_task(self._wake.wait())
         done, _ = await asyncio.wait(
             (*self._reading, waking), timeout=ROOT_SECONDS, return_when=asyncio.FIRST_COMPLETED
@@ -370,6 +370,8 @@ class Follower:
         for task in [task for task in self._reading if task in done]:
             del self._reading[task]
             await self._commit_history(await task)
+            if self._wake.is_set():
+                break
 
     async def _commit_history(self, chunks: list[Chunk]) -> None:
         kept = [piece for chunk in chunks if (piece := self._kept(chunk))]
@@ -400,14 +402,14 @@ class Follower:
         return chunk._replace(row=row._replace(history=read.history, state=read.state))
 
     async def _finish_history(self) -> bool:
+        await self._stop_readers()
+        self._may_start = True
         if self._has_history:
             await self._ledger.finish_history()
             self._has_history = False
             self._note(self._held)
             self._held = set()
             log.info("history is read", extra={"files": self.progress.files})
-        self._may_start = True
-        await self._stop_readers()
         return False
 
     async def _commit(self, chunk: Chunk, *, is_history: bool) -> None:
