@@ -57,6 +57,8 @@ MAX_CACHED = 60_000
 """Streams, series, writers or runs that the writer keeps in memory; beyond it they are read from disk again."""
 MAX_CACHED_TEXT = 16_384
 """Characters of a metric's and its resource's texts beyond which it is worked out anew each time."""
+MAX_CACHED_ATTRIBUTES = 2_048
+"""Characters of a point's attributes beyond which its stream is looked up by a digest of them each time."""
 MAX_INTEGER = 2**63 - 1
 MAX_TARGETS = 1_000
 MAX_UNIT = 64
@@ -615,7 +617,9 @@ class Bookkeeper:
     def _stream(self, origin: _Origin, point: DataPoint) -> _Stream:
         stream = origin.streams.get(point.attributes)
         if stream is None:
-            stream = origin.streams[point.attributes] = self._find_stream(origin, point)
+            stream = self._find_stream(origin, point)
+            if _length(point.attributes) <= MAX_CACHED_ATTRIBUTES:
+                origin.streams[point.attributes] = stream
         if stream.labelled != origin.labelled:
             stream.series, stream.labelled = self._find_series(origin, point.attributes), origin.labelled
             self._store.move_stream(stream.id, stream.series, stream.labelled)
@@ -743,8 +747,11 @@ def _label_of(source: str) -> list[tuple[str, str]]:
 
 def _text_length(metric: Metric) -> int:
     """About how much text a metric holds on to."""
-    attributes = sum(len(key) + len(attribute_text(value)) for key, value in metric.resource.attributes)
-    return len(metric.name) + len(metric.description) + len(metric.scope.name) + attributes
+    return len(metric.name) + len(metric.description) + len(metric.scope.name) + _length(metric.resource.attributes)
+
+
+def _length(attributes: Attributes) -> int:
+    return sum(len(key) + len(attribute_text(value)) for key, value in attributes)
 
 
 def _refusal(origin: _Origin, point: DataPoint) -> Drop | None:
