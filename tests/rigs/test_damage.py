@@ -220,7 +220,8 @@ def test_damage_is_found_and_nothing_shows_less(tmp_path: Path, campaign: bool) 
     assert found["replaced by the copy"] > count / 20
     assert found["refused"]
     missed = sum(number for result, number in found.items() if "identities" in result)
-    assert missed <= max(1, 0.005 * count)
+    # A flipped bit hits an identity in one of 160 cases; nothing proves those, and what they name counts again.
+    assert missed <= max(1, 0.01 * count)
 
 
 def test_the_log_of_a_damaged_database_goes_with_it(tmp_path: Path) -> None:
