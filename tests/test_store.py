@@ -318,7 +318,7 @@ def test_a_directory_that_cannot_be_made_is_refused(open_directory: Path) -> Non
 
 def test_a_state_of_another_user_is_not_said_to_be_absent(open_directory: Path) -> None:
     (open_directory / "closed").mkdir(mode=0)
-    with somebody_else(), pytest.raises(Unreadable, match="permission denied: closed/state.db ") as refused:
+    with somebody_else(), pytest.raises(Unreadable, match=r"permission denied: closed/state\.db ") as refused:
         read("closed", lambda _: None)
     assert refused.value.exit_code == os.EX_NOPERM
 
