@@ -47,32 +47,46 @@ class Verdict(NamedTuple):
     output: int
 
 
+_Place = tuple[int, bytes, int]
+"""Where a row stands in its side: the negated output, key, id."""
+
+
 class _Side:
     """Rows of one source that may be paired, all with ids or all without: the largest output first, then by key.
 
-    `judged` is what was found of each, in this order; None where nothing was yet. For events that is the negated
-    output that counts, for lines whether they do.
+    `rest` are those that are in no pair of equal outputs. `judged` is what was found of each of them, in this order;
+    None where nothing was yet. For events that is the negated output that counts, for lines whether they do.
     """
 
     def __init__(self) -> None:
-        self.rows: list[tuple[int, bytes, int]] = []
+        self.rows: list[_Place] = []
+        self.rest: list[_Place] = []
         self.negated: list[int] = []
         self.judged: list[int | None] = []
 
-    def put(self, row: Observed) -> None:
-        at = bisect_left(self.rows, (-row.output, row.key, row.id))
-        self.rows.insert(at, (-row.output, row.key, row.id))
-        self.negated.insert(at, -row.output)
+    def start(self, output: int) -> int:
+        """Where rows of an output begin."""
+        return bisect_left(self.rows, (-output, b"", 0))
+
+    def count(self, output: int) -> int:
+        return self.start(output - 1) - self.start(output)
+
+    def put(self, place: _Place) -> None:
+        at = bisect_left(self.rest, place)
+        self.rest.insert(at, place)
+        self.negated.insert(at, place[0])
         self.judged.insert(at, None)
 
-    def remove(self, row: Observed) -> None:
-        at = bisect_left(self.rows, (-row.output, row.key, row.id))
-        del self.rows[at], self.negated[at], self.judged[at]
+    def remove(self, place: _Place) -> int | None:
+        """Take a row out; what was found of it."""
+        at = bisect_left(self.rest, place)
+        del self.rest[at], self.negated[at]
+        return self.judged.pop(at)
 
     def judge(self, found: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """What is found of each now: the rows of which it is news, as id, output and finding."""
+        """What is found of each of the rest now: the rows of which it is news, as id, output and finding."""
         if found != self.judged:
-            for (negated, _, row_id), new, old in zip(self.rows, found, self.judged, strict=True):
+            for (negated, _, row_id), new, old in zip(self.rest, found, self.judged, strict=True):
                 if new != old:
                     yield row_id, -negated, new
             self.judged = [*found]
@@ -81,10 +95,11 @@ class _Side:
 class Matching:
     """A group of rows that may be the same requests, kept in order, so that one more row is judged in little time.
 
-    Rows with one request id are one request, told by the event. Of the others an event and a transcript line are
-    the same request unless both have ids; the group holds as many requests as the larger side, and each pair takes
-    the larger output. Pairing is by descending output, so it does not depend on the order of arrival; those with an
-    id choose first.
+    Rows with one request id are one request, told by the event. Of the others an event and a transcript line may be
+    the same request unless both have ids. Those of equal output are: as many pairs of them as there can be, those
+    with an id first. Of the rest there are as many requests as the larger side has, and each pair takes the larger
+    output: pairing is by descending output; those with an id choose first. So nothing depends on the order of arrival,
+    and where outputs are right no more is counted than sources have told of.
     """
 
     def __init__(self, rows: Iterable[Observed] = ()) -> None:
@@ -105,33 +120,79 @@ class Matching:
             counts = not row.is_copy and row.source is Source.EVENT
             self._decided[row.id] = Verdict(counts, row.output)
         else:
-            self._sides[row.source, row.has_id].put(row)
+            self._pair(row, is_new=True)
 
     def remove(self, row_id: int) -> None:
         """Forget a row, if it is there."""
         row = self._rows.pop(row_id, None)
         if row is not None and not (row.is_copy or row.is_united):
-            self._sides[row.source, row.has_id].remove(row)
+            self._pair(row, is_new=False)
         self._decided.pop(row_id, None)
+
+    def _pair(self, row: Observed, *, is_new: bool) -> None:
+        """Put a row into its side or take it out, and pair those of its output anew: of each side the first by key."""
+        place = (-row.output, row.key, row.id)
+        own = row.source, row.has_id
+        side = self._sides[own]
+        paired = self._equal(row.output)
+        at = bisect_left(side.rows, place)
+        is_paired = at - side.start(row.output) < paired[own]
+        if is_new:
+            side.rows.insert(at, place)
+        else:
+            del side.rows[at]
+        if is_paired:
+            paired[own] += 1 if is_new else -1
+            self._decided[row.id] = Verdict(row.source is Source.EVENT, row.output)
+        elif is_new:
+            side.put(place)
+        else:
+            side.remove(place)
+        for (source, has_id), count in self._equal(row.output).items():
+            side, before = self._sides[source, has_id], paired[source, has_id]
+            if count == before:
+                continue
+            start = side.start(row.output)
+            found = -row.output if source is Source.EVENT else 0
+            for place in side.rows[start + before : start + count]:
+                if side.remove(place) != found:
+                    self._decided[place[2]] = Verdict(source is Source.EVENT, row.output)
+            for place in side.rows[start + count : start + before]:
+                side.put(place)
+                self._decided.pop(place[2], None)
+
+    def _equal(self, output: int) -> dict[tuple[Source, bool], int]:
+        """How many rows of each side are paired with one of the same output."""
+        counts = {key: side.count(output) for key, side in self._sides.items()}
+        events, lines = counts[Source.EVENT, False], counts[Source.TRANSCRIPT, False]
+        named_events = min(counts[Source.EVENT, True], lines)
+        named_lines = min(counts[Source.TRANSCRIPT, True], events)
+        nameless = min(events - named_lines, lines - named_events)
+        return {
+            (Source.EVENT, True): named_events,
+            (Source.EVENT, False): named_lines + nameless,
+            (Source.TRANSCRIPT, True): named_lines,
+            (Source.TRANSCRIPT, False): named_events + nameless,
+        }
 
     def news(self) -> dict[int, Verdict]:
         """What rows count as, of those for which that has changed since this was asked last."""
         changed, self._decided = self._decided, {}
         events_with, events_without = (self._sides[Source.EVENT, has_id] for has_id in (True, False))
         lines_with, lines_without = (self._sides[Source.TRANSCRIPT, has_id] for has_id in (True, False))
-        left = lines_without.negated[len(events_with.rows) :]
+        left = lines_without.negated[len(events_with.rest) :]
         for events, partners in (
             (events_with, lines_without.negated),
             (events_without, lines_with.negated + left if left else lines_with.negated),
         ):
             larger = [*map(min, events.negated, partners), *events.negated[len(partners) :]]
             changed |= {row_id: Verdict(True, -found) for row_id, _, found in events.judge(larger)}
-        spare = max(0, len(events_without.rows) - len(lines_with.rows))
+        spare = max(0, len(events_without.rest) - len(lines_with.rest))
         for lines, paired in (
-            (lines_with, len(events_without.rows)),
-            (lines_without, len(events_with.rows) + spare),
+            (lines_with, len(events_without.rest)),
+            (lines_without, len(events_with.rest) + spare),
         ):
-            count = len(lines.rows)
+            count = len(lines.rest)
             counted = [0] * min(paired, count) + [1] * (count - paired)
             changed |= {row_id: Verdict(found == 1, output) for row_id, output, found in lines.judge(counted)}
         return changed
