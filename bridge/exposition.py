@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from functools import lru_cache
+from itertools import starmap
 from typing import NamedTuple
 
 from bridge.model import Exemplar, ExponentialHistogram, Histogram, ProfileFamily, Summary, Value
@@ -77,7 +78,13 @@ def _label_text(label: str) -> str:
 
 def labels_text(labels: Iterable[tuple[str, str]]) -> str:
     """Labels as they stand between the braces of a sample: `a="1",b="2"`."""
-    return ",".join([f'{_label_text(label)}="{escape_value(value)}"' for label, value in labels])
+    return ",".join(starmap(_pair_text, labels))
+
+
+@lru_cache(maxsize=2**12)
+def _pair_text(label: str, value: str) -> str:
+    """One label; the series of a session have nearly all of them alike."""
+    return f'{_label_text(label)}="{escape_value(value)}"'
 
 
 def sample_prefix(name: str, labels: str) -> str:

@@ -216,17 +216,17 @@ def labels(
     - What becomes a `reserved` label (`le`, `job`, ...) is `exported_le`, once more prefixed while that is taken, as
       Prometheus does with `honor_labels: false`.
     """
-    values: dict[str, list[str]] = {}
+    values: dict[str, str] = {}
     for key, value in sorted(attributes):
         name = _label_name(key, strategy, style) or "key_" + key.encode("utf-8", "surrogatepass").hex()
-        values.setdefault(name, []).append(value)
+        values[name] = f"{values[name]};{value}" if name in values else value
     values.pop("__name__", None)
     for name in sorted(reserved.intersection(values), key=lambda name: (len(name), name)):
         exported = f"exported_{name}"
         while exported in reserved or exported in values:
             exported = f"exported_{exported}"
         values[exported] = values.pop(name)
-    return tuple((name, ";".join(values[name])) for name in sorted(values))
+    return tuple(sorted(values.items()))
 
 
 def _label_name(key: str, strategy: Strategy, style: LabelStyle) -> str:
