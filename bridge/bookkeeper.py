@@ -242,7 +242,11 @@ class Bookkeeper:
         return self._open(mark, may_begin=begins)
 
     def _open(self, mark: Mark | None, *, may_begin: bool = False) -> tuple[Snapshot, UsageChange]:
-        self._store.open(self._clock_ms(), may_begin=may_begin)
+        if self._store.open(self._clock_ms(), may_begin=may_begin):
+            try:
+                self._store.settle()
+            except StoreUnavailable:  # what is there can be shown; nothing is acknowledged before it is on disk
+                self.is_lost = self._must_reopen = True
         try:
             if mark is not None:
                 self.lost = self._store.resume(mark.commits, mark.scrapers, mark.joined, self._clock_ms())

@@ -687,11 +687,14 @@ class Store:
             return StoreUnavailable(f"{found}; {why}", disk_full=True)
         return found
 
-    def open(self, now: int, *, may_begin: bool = False) -> None:
-        """Open, upgrade or create the database, and read all of it. Raises Damaged, also where it is gone although the
-        mark beside it says that there was one, unless it `may_begin` at 0. StateError 65: newer schema or not ours;
-        74: cannot be read or written."""
+    def open(self, now: int, *, may_begin: bool = False) -> bool:
+        """Open, upgrade or create the database, and read all of it; whether a WAL was left, which is to be settled.
+
+        Raises Damaged, also where it is gone although the mark beside it says that there was one, unless it
+        `may_begin` at 0. StateError 65: newer schema or not ours; 74: cannot be read or written."""
         directory = self.path.parent
+        log = directory / f"{DATABASE}-wal"
+        has_log = log.exists() and log.stat().st_size > 0
         way_out = _way_out(directory, self.version)
         is_missed = (directory / SERVED).exists() and not may_begin
         if is_missed and not (self.path.exists() and self.path.stat().st_size):
@@ -725,6 +728,7 @@ class Store:
         with contextlib.suppress(OSError):
             for path in directory.glob(f"{DATABASE}*"):
                 path.chmod(0o600)
+        return has_log
 
     def _verify(self, version: int) -> None:
         """Read the whole file. Raises sqlite3.DatabaseError when its structure is damaged."""
@@ -787,20 +791,31 @@ class Store:
             raise
 
     def reopen(self) -> None:
-        """Drop the connection and take a new one: what the disk holds is the state.
-
-        A sync that failed once may have lost what it was to write although reading still shows it, and a later one does
-        not bring it back. So everything is written once more, to the database itself, before anything builds on it.
-        """
+        """Drop the connection and take a new one: what the disk holds is the state. Raises StoreUnavailable."""
         try:
             self._connection.close()
             self._connection = self._connect(self.path)
             self._configure()
+        except sqlite3.Error as error:
+            raise self._unavailable(error) from error
+        if not self.settle():
+            raise StoreUnavailable("a reader holds the WAL, which cannot be trusted after the last failure")
+
+    def settle(self) -> bool:
+        """Bring to the disk what stands in the WAL; whether all of it is in the database itself, which a reader can
+        keep it from. Raises StoreUnavailable.
+
+        What a sync that failed, or that a killed process did not come to, was to bring may be missing on disk although
+        reading shows it, and a repeat of it would be acknowledged without a commit. A later sync does not bring it
+        back, so it is written once more; then a synced commit begins the WAL anew, for of one that was only cut the
+        older pages could come back and hide what is in the database.
+        """
+        try:
             is_busy = self._checkpoint()
         except sqlite3.Error as error:
             raise self._unavailable(error) from error
-        if is_busy:
-            raise StoreUnavailable("a reader holds the WAL, which cannot be trusted after the last failure")
+        self.touch()
+        return not is_busy
 
     def touch(self) -> None:
         """Write something that changes nothing, to see whether the disk takes it. Raises StoreUnavailable."""

@@ -703,6 +703,40 @@ def test_after_an_io_error_nothing_is_acknowledged_on_a_log_that_may_not_be_ther
         assert rig.totals == TRUTHS[1]
 
 
+def test_what_a_killed_process_left_is_brought_to_the_disk(tmp_path: Path) -> None:
+    """It may have been killed before its sync, and a repeat of what reading finds is acknowledged without a commit."""
+    with rig_in(tmp_path) as rig:
+        rig.post(BODIES[0])
+        before = committed(rig)
+        rig.kill()
+        (tmp_path / "alone").mkdir()
+        shutil.copy(rig.directory / DATABASE, tmp_path / "alone" / DATABASE)
+        with closing(sqlite3.connect(f"file:{tmp_path / 'alone' / DATABASE}?mode=ro", uri=True)) as reader:
+            assert reader.execute("select commits from meta").fetchone() == (before.commits,)
+
+
+def test_nothing_is_acknowledged_before_what_was_left_is_on_the_disk(tmp_path: Path) -> None:
+    is_broken = False
+
+    def around(sql: str, run: Callable[[], Any]) -> Any:
+        if is_broken and "wal_checkpoint" in sql:
+            raise io_error()
+        return run()
+
+    with rig_in(tmp_path, connect=watched(around)) as rig:
+        rig.post(BODIES[0])
+        before = projected(rig)
+        image = rig.image()
+        is_broken = True
+        rig.kill(image)
+        assert projected(rig) == before
+        with pytest.raises(StoreUnavailable):
+            rig.post(BODIES[0])
+        is_broken = False
+        assert rig.post(BODIES[0]).accepted == 0
+        assert projected(rig) == before
+
+
 def test_on_a_full_disk_the_log_makes_room(tmp_path: Path) -> None:
     disk = FailingDisk(Fault(disk_full, FAULTS["one"]))
     with rig_in(tmp_path, connect=watched(disk)) as rig:

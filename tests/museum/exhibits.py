@@ -144,8 +144,18 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "trusts_a_failed_sync": Exhibit(
         "nothing builds on what a failed sync may have lost",
-        (Edit(STORE, "        if is_busy:\n", "        if False:\n"),),
+        (Edit(STORE, "        if not self.settle():\n", "        if False:\n"),),
         ("tests/test_store.py::test_after_an_io_error_nothing_is_acknowledged_on_a_log_that_may_not_be_there",),
+    ),
+    "cuts_the_log_and_writes_no_new_one": Exhibit(
+        "older pages that come back with a log that was only cut hide nothing",
+        (Edit(STORE, "        self.touch()\n        return not is_busy", "        return not is_busy"),),
+        ("tests/rigs/test_disk.py::test_no_call_that_fails_makes_a_false_acknowledgement",),
+    ),
+    "believes_a_log_that_was_left": Exhibit(
+        "what a killed process left unsynced is brought to the disk before a repeat of it is acknowledged",
+        (Edit(BOOKKEEPER, "                self._store.settle()\n", "                pass\n"),),
+        ("tests/test_store.py::test_what_a_killed_process_left_is_brought_to_the_disk",),
     ),
     "never_gives_up": Exhibit(
         "a disk that fails again and again ends the process",

@@ -12,14 +12,15 @@ that counts twice shows as an export that was never made.
 
 import ctypes
 import shutil
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
+from bridge import store
 from bridge.store import StateError, StoreUnavailable, connect, keep_copy
 from tests.rigs.disk import Disk, recorded
 from tests.rigs.progress import Progress
@@ -33,6 +34,7 @@ BITS = 28
 LINES = 9
 """Points of an export beside the one that names it: one line of code each."""
 CHECKPOINT_PAGES = 40
+"""Checkpoints more often than a small test would have."""
 ERRORS = {"EIO": 5, "ENOSPC": 28, "EROFS": 30, "EDQUOT": 122, "EINTR": 4, "short": -1}
 ATTEMPTS = 30
 
@@ -61,13 +63,6 @@ def exports_in(totals: dict[str, int]) -> set[int]:
     }
     assert totals.get("lines.added", 0) == LINES * len(found), f"{totals} are not those of whole exports"
     return found
-
-
-def often_checkpointed(path: Path) -> sqlite3.Connection:
-    """The bridge's own connection, with checkpoints more often than a small test would have."""
-    connection = connect(path)
-    connection.execute(f"pragma wal_autocheckpoint = {CHECKPOINT_PAGES}")
-    return connection
 
 
 class Shim:
@@ -101,7 +96,7 @@ class Shim:
 def record(shim: Shim, directory: Path, seed: int, recordings: int) -> None:
     for number in range(recordings):
         choose = Random(seed * 1_000 + number)
-        with closing(MarkedRig(directory, connect=often_checkpointed, name=f"run{number}")) as rig:
+        with closing(MarkedRig(directory, connect=connect, name=f"run{number}")) as rig:
             shim.watch(rig.directory)
             shim.record(directory / f"run{number}.calls")
             rig.start()
@@ -139,36 +134,47 @@ def step(shim: Shim, rig: MarkedRig, choose: Random, left: list[int]) -> None:
 
 
 def fail(shim: Shim, directory: Path, seed: int, points: int, shard: int, shards: int) -> str:
-    """Fail some `points` of all calls once with each error, one shard of them: runs, points and refusals."""
+    """Fail some `points` of all calls once with each error, one shard of them: runs, points and refusals.
+
+    The last sync is one of them, failed twice: after it nothing but a repeat can be acknowledged.
+    """
     choose = Random(seed)
     runs = failures = 0
-    calls = count_calls(shim, directory)
-    places = range(1, calls + 1) if points >= calls else sorted(choose.sample(range(1, calls + 1), points))
-    places = places[shard::shards]
+    last = count_calls(shim, directory)
+    calls = shim.calls
+    others = [nth for nth in range(1, calls + 1) if nth != last]
+    places = sorted([*choose.sample(others, min(points - 1, len(others))), last])[shard::shards]
     choose = Random(f"{seed} {shard}")
     progress = Progress(f"faults, {shard + 1} of {shards}", len(places) * len(ERRORS))
     for nth in places:
         for name, error in ERRORS.items():
-            times = choose.choice((1, 1, 1, 2, 3)) if error > 0 else 1
-            failures += run(shim, directory / f"{name}-{nth}", nth, error, times, choose)
+            times = 1 if error < 0 else 2 if nth == last else choose.choice((1, 1, 1, 2, 3))
+            failures += run(shim, directory / f"{name}-{nth}", nth, error, times).refusals
             runs += 1
             progress.tell(runs, f"{failures} refusals")
     return f"{runs} {len(places)} {failures}"
 
 
 def count_calls(shim: Shim, directory: Path) -> int:
-    run(shim, directory / "counted", 0, 0, 1, Random(0))
-    return shim.calls
+    """How many calls a life makes up to the sync of its last export; `shim.calls` are those until its end."""
+    return run(shim, directory / "counted", 0, 0, 1).last
 
 
 EXPORTS_OF_A_RUN = 24
 
 
-def run(shim: Shim, directory: Path, nth: int, error: int, times: int, choose: Random) -> int:
-    """One life of a ledger whose n-th call fails; the number of refusals. Raises AssertionError."""
+class Life(NamedTuple):
+    """How often a ledger refused, and which call was the sync of the last export."""
+
+    refusals: int
+    last: int
+
+
+def run(shim: Shim, directory: Path, nth: int, error: int, times: int) -> Life:
+    """One life of a ledger whose n-th call fails. Raises AssertionError."""
     directory.mkdir()
     where = f"call {nth}, {error}, {times} times"
-    with closing(MarkedRig(directory, connect=often_checkpointed)) as rig:
+    with closing(MarkedRig(directory, connect=connect)) as rig:
         shim.watch(rig.directory)
         calls = directory / "calls"
         shim.record(calls)
@@ -181,6 +187,7 @@ def run(shim: Shim, directory: Path, nth: int, error: int, times: int, choose: R
                 refusals += attempt(rig.mark)
             if number % 8 == 4:
                 refusals += restart(rig)
+        last = shim.calls
         shim.record(None)
         made = set(range(EXPORTS_OF_A_RUN))
         assert exports_in(rig.totals) == made, f"{where}: {exports_in(rig.totals) ^ made}"
@@ -190,7 +197,7 @@ def run(shim: Shim, directory: Path, nth: int, error: int, times: int, choose: R
         assert_holds(image, made, where)
     shim.watch(Path("/nowhere"))
     shutil.rmtree(directory)
-    return refusals
+    return Life(refusals, last)
 
 
 def deliver(rig: MarkedRig, number: int, acknowledged: set[int]) -> int:
@@ -258,6 +265,7 @@ def build(source: Path, target: Path) -> Path:
 
 
 if __name__ == "__main__":
+    store.LOG_PAGES = CHECKPOINT_PAGES
     verb, place, *numbers = sys.argv[1:]
     if verb == "record":
         record(Shim(), Path(place), *map(int, numbers))
