@@ -69,7 +69,7 @@ def main(environment: Mapping[str, str], home: str, flags: Mapping[str, Any] | N
     sys.stdout.flush()
     news = [limit for limit in limits if spent is None or is_news(limit, spent.known, now)]
     if news and runs:
-        post(where.listen, body(news, now))
+        post(where.listen, body(news, now), environment.get("BRIDGE_TOKEN", "").strip())
     return 0
 
 
@@ -229,14 +229,15 @@ def _attribute(key: str, value: str) -> dict[str, Any]:
     return {"key": key, "value": {"stringValue": value}}
 
 
-def post(listen: str, content: bytes) -> None:
-    """Send a body to the bridge on this machine; whether it arrives is not found out."""
+def post(listen: str, content: bytes, token: str) -> None:
+    """Send a body to the bridge on this machine, with `token` unless empty; whether it arrives is not found out."""
     import socket
 
     host, _, port = listen.rpartition(":")
     host = {"localhost": "127.0.0.1"}.get(host, host.strip("[]"))
+    access = f"Authorization: Bearer {token}\r\n" if token.isprintable() and token else ""
     head = (
-        f"POST /v1/metrics HTTP/1.1\r\nHost: {listen}\r\nContent-Type: application/json\r\n"
+        f"POST /v1/metrics HTTP/1.1\r\nHost: {listen}\r\nContent-Type: application/json\r\n{access}"
         f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     )
     try:

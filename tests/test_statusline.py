@@ -202,6 +202,19 @@ def test_a_running_bridge_learns_of_the_limits_and_not_twice_a_minute(
     assert run(TOLD, daemon.state_dir, None, BRIDGE_LISTEN=listen).endswith(" · bridge stopped")
 
 
+@pytest.mark.parametrize(
+    ("token", "sent"), [(" abc-123\n", [b"Authorization: Bearer abc-123"]), ("", []), ("a\nb", [])]
+)
+def test_a_bridge_that_wants_a_token_gets_it(state: State, run: Run, token: str, sent: list[bytes]) -> None:
+    (state.directory / "lock").write_text(f"{os.getpid()}\nme")
+    with socket.create_server(("127.0.0.1", 0)) as bridge:
+        run(TOLD, state.directory, BRIDGE_LISTEN=f"localhost:{bridge.getsockname()[1]}", BRIDGE_TOKEN=token)
+        with bridge.accept()[0] as connection, connection.makefile("rb") as told:
+            head, _, content = told.read().partition(b"\r\n\r\n")
+    assert [line for line in head.split(b"\r\n") if line.startswith(b"Authorization")] == sent
+    assert json.loads(content)["resourceMetrics"]
+
+
 def test_it_loads_nothing_that_starts_slowly(state: State, tmp_path: Path) -> None:
     state.add("2026-02-14T12:30Z")
     script = (
