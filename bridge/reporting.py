@@ -18,8 +18,6 @@ from bridge.tables import Scope, ShownBlock, ShownLimit
 
 BLOCKS_OF = "claude_code"
 """The tool whose blocks are shown when none is named: each vendor counts its own."""
-WIDTH = 120
-"""Columns where there is no terminal, and most that are used."""
 
 
 class Refused(Exception):
@@ -276,5 +274,5 @@ def _minute(zone: Zone, at: int) -> str:
 
 
 def _width() -> int:
-    """Columns of the terminal, at most WIDTH."""
-    return min(columns(WIDTH), WIDTH)
+    """Columns of the terminal; where there is none, as many as there may be."""
+    return columns(sys.maxsize)

@@ -436,6 +436,16 @@ def test_tables_fit_the_terminal_and_keep_every_digit(
         assert not any("\x1b" in line for line in lines)
 
 
+@pytest.mark.parametrize("width", ["200", ""])
+def test_a_wide_terminal_and_a_file_have_all_columns(
+    told: State, report: Report, width: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    header = next(line for line in report("session").text.splitlines() if line.startswith("Last used"))
+    titles = ("Project", "Models", "Requests", "Input", "Output", "Cache write", "Cache read", "Tokens", "Cost")
+    assert [title for title in titles if f" {title}" not in header] == []
+
+
 def test_models_without_a_price_are_named(told: State, report: Report) -> None:
     text = report("daily").text
     assert "* Without a price, so not in the cost: mystery-1 (3,430 tokens)." in text
