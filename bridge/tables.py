@@ -121,9 +121,11 @@ def _amount_columns(report: Report) -> list[_Column]:
 
 
 def _cost(report: Report, entry: Entry) -> str:
-    """A cost; an asterisk says that some of its tokens have no price."""
-    mark = "*" if entry.amount.unpriced > 0 else " "
-    return dollars(entry.amount.cost, _places(report)) + (mark if report.unpriced else "")
+    """A cost; an asterisk says that some of its tokens have no price, a dash before it that none has."""
+    amount = entry.amount
+    mark = "*" if amount.unpriced > 0 else " "
+    is_known = amount.cost != 0 or amount.unpriced < max(1, amount.tokens)
+    return (dollars(amount.cost, _places(report)) if is_known else "-") + (mark if report.unpriced else "")
 
 
 def _places(report: Report) -> int:
