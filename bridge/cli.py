@@ -400,7 +400,7 @@ def _client_command(options: argparse.Namespace, config: "Config") -> int:
     from bridge import setup
 
     try:
-        address = setup.remote(options.endpoint) if options.endpoint else setup.endpoint(config.listen)
+        address = setup.remote(options.endpoint) if options.endpoint else setup.endpoints(config)[0]
         token = setup.token_of(os.environ)
     except setup.SetupError as error:
         sys.stderr.write(f"claude-otel-bridge: {error}\n")

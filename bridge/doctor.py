@@ -105,7 +105,10 @@ class Evidence:
     """All that the checks look at."""
 
     now: float
-    endpoint: str
+    here: str
+    """Where clients on this machine reach the bridge."""
+    endpoints: tuple[str, ...]
+    """The URLs of the addresses that take exports; of another machine's bridge, the one."""
     user: int
     answers: tuple[Answer, ...]
     holder: str
@@ -144,11 +147,11 @@ def examine(found: Evidence) -> list[Finding]:
         ),
         *check_directory(found.directory, found.user),
         *check_database(found.inspection),
-        *check_claude(found.layers, found.elsewhere.address if found.elsewhere else found.endpoint),
-        *check_exporters(found.settings, found.elsewhere.address if found.elsewhere else found.endpoint),
+        *check_claude(found.layers, found.endpoints),
+        *check_exporters(found.settings, found.endpoints),
         *check_transcripts(found.transcripts, found.metrics, found.now),
         *check_others(found.others, found.metrics, found.now),
-        *check_xrg_endpoint(found.xrg_endpoint, found.endpoint),
+        *check_xrg_endpoint(found.xrg_endpoint, found.here),
     ]
     if found.denied:
         todo = "set BRIDGE_TOKEN to a token that the bridge knows: claude-otel-bridge token NAME makes one"
@@ -410,11 +413,11 @@ _LESSER = frozenset(
 )  # exports arrive without them, only later or less surely
 
 
-def check_claude(layers: tuple[Layer, ...], endpoint: str) -> Iterator[Finding]:
-    """What of Claude Code's settings and environment keeps its exports from this bridge."""
+def check_claude(layers: tuple[Layer, ...], endpoints: tuple[str, ...]) -> Iterator[Finding]:
+    """What of Claude Code's settings and environment keeps its exports from all addresses of this bridge."""
     variables: dict[str, str] = {}
     origin: dict[str, Layer] = {}
-    relevant = {*claude_code.environment(endpoint), *claude_code.OVERRIDES}
+    relevant = {*claude_code.environment(""), *claude_code.OVERRIDES}
     for layer in layers:
         if layer.problem:
             yield Finding(Status.WARN, "claude", f"{layer.name}: {layer.problem}", "repair the file")
@@ -424,12 +427,14 @@ def check_claude(layers: tuple[Layer, ...], endpoint: str) -> Iterator[Finding]:
                 what = f"{name} is {variables[name]} in {origin[name].name}, but {value} in {layer.name}, which wins"
                 yield Finding(Status.WARN, "claude", what, f"make {origin[name].name} say the same, or nothing")
             variables[name], origin[name] = value, layer
+    usual = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://localhost:4318"}
+    endpoint = min(endpoints, key=lambda url: len(claude_code.misfits(usual | variables, url)))
     wrong = claude_code.misfits(variables, endpoint)
     if "CLAUDE_CODE_ENABLE_TELEMETRY" in wrong:
         todo = "claude-otel-bridge setup --write"
         yield Finding(Status.WARN, "claude", "Claude Code's telemetry is not switched on", todo)
         return
-    is_default = claude_code.fits("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318", endpoint)
+    is_default = all(claude_code.fits(name, value, endpoint) for name, value in usual.items())
     problems = 0
     for name, value in wrong.items():
         if name in _LESSER or (is_default and name == "OTEL_EXPORTER_OTLP_ENDPOINT" and not value):
@@ -461,13 +466,14 @@ def _reason(name: str) -> str:
     return "it does not lead to this bridge"
 
 
-def check_exporters(found: tuple[exporters.Exporter, ...], endpoint: str) -> Iterator[Finding]:
+def check_exporters(found: tuple[exporters.Exporter, ...], endpoints: tuple[str, ...]) -> Iterator[Finding]:
     """What of other tools' settings keeps their exports from this bridge, where they are told to export."""
     for exporter in found:
         if exporter.problem:
             yield Finding(Status.WARN, exporter.tool, exporter.problem, "repair the file")
         elif exporters.exports(exporter):
-            misfits = list(exporters.misfits(exporter, endpoint))
+            every = {url: list(exporters.misfits(exporter, url)) for url in endpoints}
+            endpoint, misfits = min(every.items(), key=lambda pair: len(pair[1]))
             yield from (Finding(Status.WARN, exporter.tool, what, todo) for what, todo in misfits)
             if not misfits:
                 yield Finding(Status.OK, exporter.tool, f"{exporter.title} is set to export to {endpoint}")
@@ -574,7 +580,8 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
     home = setup.home(environment)
     given = Path(config.state_dir).expanduser() if config.state_dir else None
     directory = given or default_state_dir(sys.platform, dict(environment), home)
-    endpoint = setup.endpoint(config.listen)
+    endpoints = setup.endpoints(config)
+    endpoint = endpoints[0]
     claude_home = setup.target("claude", environment, endpoint).file.parent
     holder, instance = store.holder(directory)
     addresses = list(_loopback((*config.listen, *config.listen_read), is_tls=bool(config.tls.cert)))
@@ -596,9 +603,11 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
     )
     inspection = _inspection(directory)
     is_kept_here = inspection is not None or any(not answer.problem for answer in answers)
+    elsewhere = None if is_kept_here else _elsewhere(layers)
     return Evidence(
         now=time.time(),
-        endpoint=endpoint,
+        here=endpoint,
+        endpoints=(elsewhere.address,) if elsewhere else endpoints,
         user=os.geteuid(),
         answers=answers,
         holder=holder if _is_alive(holder) else "",
@@ -612,7 +621,7 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
         xrg_endpoint=_xrg_endpoint(sys.platform, home),
         others=tuple(_others(environment, home)),
         denied=denied,
-        elsewhere=None if is_kept_here else _elsewhere(layers),
+        elsewhere=elsewhere,
         settings=tuple(exporters.of_tools(environment, endpoint)),
     )
 

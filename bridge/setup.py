@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from bridge import edits
+from bridge.config import Config
 from bridge.edits import JSON, MISSING, TOML, EditError, Language
 from bridge.tools import claude_code
+from bridge.web.access import is_loopback
 
 BACKUP_SUFFIX = ".before-claude-otel-bridge"
 RECORD_SUFFIX = ".claude-otel-bridge-undo"
@@ -56,11 +58,22 @@ class Change(NamedTuple):
     why: str
 
 
-def endpoint(listen: tuple[str, ...]) -> str:
-    """Where clients on this machine reach a bridge that listens there."""
-    host, _, port = listen[0].rpartition(":")
+def endpoints(config: Config) -> tuple[str, ...]:
+    """The URLs of all addresses that take exports, first that for clients on this machine. What is bound beyond
+    loopback speaks TLS, where that is set, and goes by the names in `hosts` too."""
     wildcard = {"0.0.0.0": "127.0.0.1", "[::]": "localhost"}  # noqa: S104  # compared, not listened on
-    return f"http://{wildcard.get(host, host)}:{port}"
+    found = []
+    for address in (*config.listen, *config.listen_ingest):
+        host, _, port = address.rpartition(":")
+        is_public = is_beyond_loopback(host)
+        scheme = "https" if is_public and config.tls.cert else "http"
+        found += [f"{scheme}://{name}:{port}" for name in (wildcard.get(host, host), *config.hosts * is_public)]
+    return tuple(found)
+
+
+def is_beyond_loopback(host: str) -> bool:
+    """Whether others can reach what listens there."""
+    return host != "localhost" and not is_loopback(host.strip("[]"))
 
 
 def remote(url: str) -> str:

@@ -300,8 +300,8 @@ def test_state_directory() -> None:
     assert f(free=10**6, mode=0o707) == [WARN, FAIL]
 
 
-def claude(*layers: Layer, endpoint: str = ENDPOINT) -> list[tuple[Status, str]]:
-    return [(finding.status, f"{finding.what} > {finding.todo}") for finding in doctor.check_claude(layers, endpoint)]
+def claude(*layers: Layer, endpoints: tuple[str, ...] = (ENDPOINT,)) -> list[tuple[Status, str]]:
+    return [(finding.status, f"{finding.what} > {finding.todo}") for finding in doctor.check_claude(layers, endpoints)]
 
 
 GOOD = environment(ENDPOINT)
@@ -344,7 +344,23 @@ def test_claude_code_s_layers() -> None:
     assert "managed.json, which wins" in found[0][1]
     assert "ask who manages" in found[1][1]
     without = {name: value for name, value in GOOD.items() if not name.endswith("_ENDPOINT")}
-    assert [status for status, _ in claude(Layer("s", without), endpoint="http://localhost:9")] == [FAIL]
+    assert [status for status, _ in claude(Layer("s", without), endpoints=("http://localhost:9",))] == [FAIL]
+
+
+def test_each_address_of_the_bridge_will_do() -> None:
+    public = "https://192.0.2.2:4318"
+    both = ("http://localhost:14318", public)
+    assert claude(Layer("s", environment(public)), endpoints=both)[0][0] is OK
+    assert claude(Layer("s", environment(public.replace("https", "http"))), endpoints=both)[0][0] is FAIL
+    codex = {"otlp-http": {"endpoint": f"{public}/v1/logs"}}
+    told = exporters.Exporter("codex", "Codex", {"exporter": exporters.Setting(codex)})
+    assert [finding.what for finding in doctor.check_exporters((told,), both)] == [
+        f"Codex is set to export to {public}"
+    ]
+    without = {name: value for name, value in GOOD.items() if not name.endswith("_ENDPOINT")}
+    assert claude(Layer("s", without), endpoints=(public, ENDPOINT)) == [
+        (OK, f"Claude Code is set to export to {ENDPOINT} > ")
+    ]
 
 
 def exports(when: float, started: float = NOW - 9_000, tool: str = "claude_code") -> doctor.Metrics:
@@ -385,7 +401,7 @@ def test_what_keeps_the_exports_of_codex_and_gemini_away(tmp_path: Path) -> None
             (tmp_path / directory).mkdir(exist_ok=True)
             (tmp_path / directory / name).write_text(text)
         told = tuple(exporters.of_tools({"HOME": str(tmp_path), **environment}, ENDPOINT))
-        found = doctor.check_exporters(told, ENDPOINT)
+        found = doctor.check_exporters(told, (ENDPOINT,))
         return [(finding.status, f"{finding.what} -> {finding.todo}") for finding in found]
 
     config, settings = tmp_path / ".codex" / "config.toml", tmp_path / ".gemini" / "settings.json"
@@ -579,7 +595,8 @@ ok    prometheus   1 known: 127.0.0.1 Prometheus
 def test_the_table() -> None:
     evidence = doctor.Evidence(
         now=NOW,
-        endpoint=ENDPOINT,
+        here=ENDPOINT,
+        endpoints=(ENDPOINT,),
         user=5,
         answers=(Answer("127.0.0.1:4318", "refused"), Answer("[::1]:4318", "refused")),
         holder="",

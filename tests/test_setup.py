@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge import edits, setup
+from bridge.config import Config, Tls
 from bridge.edits import JSON, TOML, EditError
 from bridge.setup import BACKUP_SUFFIX, RECORD_SUFFIX, SetupError
 from bridge.tools.claude_code import ENVIRONMENT, OVERRIDES, environment, fits, misfits
@@ -68,11 +69,21 @@ def test_an_empty_home(tmp_path: Path) -> None:
 def test_the_port_of_the_settings_in_force(tmp_path: Path) -> None:
     assert "http://localhost:14318" in run(tmp_path, "--listen", "localhost:14318", "setup").stdout
     assert "http://localhost:15318" in run(tmp_path, "setup", env={"BRIDGE_LISTEN": "localhost:15318"}).stdout
-    f = setup.endpoint
-    assert f(("127.0.0.1:1", "localhost:2")) == "http://127.0.0.1:1"
-    assert f(("[::1]:4318",)) == "http://[::1]:4318"
-    assert f(("0.0.0.0:4318",)) == "http://127.0.0.1:4318"
-    assert f(("[::]:4318",)) == "http://localhost:4318"
+
+
+def test_every_address_that_takes_exports_has_its_url() -> None:
+    def f(*listen: str, cert: str = "", **settings: Any) -> tuple[str, ...]:
+        return setup.endpoints(Config(listen=listen, tls=Tls(cert, cert), **settings))
+
+    assert f("127.0.0.1:1", "localhost:2") == ("http://127.0.0.1:1", "http://localhost:2")
+    assert f("[::1]:4318", cert="c") == ("http://[::1]:4318",)
+    assert f("0.0.0.0:4318") == ("http://127.0.0.1:4318",)
+    assert f("[::]:4318", cert="c") == ("https://localhost:4318",)
+    assert f("localhost:1", cert="c", listen_ingest=("192.0.2.2:2",), listen_read=("192.0.2.2:3",), hosts=("nas",)) == (
+        "http://localhost:1",
+        "https://192.0.2.2:2",
+        "https://nas:2",
+    )
 
 
 def test_claude_config_dir_is_honoured(tmp_path: Path) -> None:
