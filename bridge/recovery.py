@@ -17,10 +17,10 @@ _RESTORING = f".{DATABASE}.restoring"
 
 def quarantine(directory: Path, now: int) -> str:
     """Move the database to a directory of its own, the WAL first: it must never meet another database. What was done
-    about it, for the log."""
+    about it, for the log; empty where there was nothing to move."""
     names = [f"{DATABASE}{end}" for end in ("-wal", "-shm", "") if (directory / f"{DATABASE}{end}").exists()]
     if not names:
-        return "there was nothing to put aside"
+        return ""
     target = directory / f"state.corrupt-{time_in_names(now)}Z"
     while target.exists():
         now += 1
@@ -30,7 +30,7 @@ def quarantine(directory: Path, now: int) -> str:
         (directory / name).rename(target / name)
     sync(target)
     sync(directory)
-    return f"the database is in {target.name} now"
+    return f"the database is in {target.name} now, "
 
 
 def recover(directory: Path, damage: Damaged, version: int, now: int, *, accept_data_loss: bool) -> tuple[str, bool]:
@@ -40,17 +40,16 @@ def recover(directory: Path, damage: Damaged, version: int, now: int, *, accept_
     """
     copy = next(whole_copies(directory, version), None)
     if copy is None and not accept_data_loss:
-        raise Damaged(f"{damage}; there is no whole copy; --accept-data-loss begins with what {SERVED} says")
+        raise Damaged(str(damage), f"there is no whole copy; --accept-data-loss begins with what {SERVED} says")
     try:
         if copy is not None:
             shutil.copyfile(copy.path, directory / _RESTORING)
             sync(directory / _RESTORING)
         evidence = quarantine(directory, now)
         if copy is None:
-            return f"{damage}; {evidence}, and the state begins anew", True
+            return f"{damage.finding}; {evidence}the state begins anew", True
         (directory / _RESTORING).rename(directory / DATABASE)
         sync(directory)
     except OSError as error:
         raise StateError(f"cannot restore {directory / DATABASE}: {error.strerror}", os.EX_IOERR) from None
-    text = f"going on from {copy.path.name}, as of transaction {copy.commits}"
-    return f"{damage}; {evidence}, {text}", False
+    return f"{damage.finding}; {evidence}going on from {copy.path.name}, as of transaction {copy.commits}", False

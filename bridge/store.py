@@ -214,10 +214,12 @@ class StateError(Exception):
 
 
 class Damaged(StateError):
-    """The database is there and cannot be believed, or is gone although it was there. A copy may replace it."""
+    """The database is there and cannot be believed, or is gone although it was there. A copy may replace it: `finding`
+    says what there is, the text also what can be done."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, os.EX_DATAERR)
+    def __init__(self, finding: str, advice: str) -> None:
+        super().__init__(f"{finding}; {advice}", os.EX_DATAERR)
+        self.finding = finding
 
 
 # --- the directory ---------------------------------------------------------------------------------------------
@@ -749,13 +751,13 @@ class Store:
     def unusable(self, error: Exception) -> StateError:
         """What to say of an error that keeps the database from being used."""
         advice, code = _verdict(error, _way_out(self.path.parent, self.version))
-        message = f"cannot open {self.path}: {error}; {advice}"
-        return Damaged(message) if code == os.EX_DATAERR else StateError(message, code)
+        finding = f"cannot open {self.path}: {error}"
+        return Damaged(finding, advice) if code == os.EX_DATAERR else StateError(f"{finding}; {advice}", code)
 
     def _is_gone(self, way_out: str) -> StateError:
         return Damaged(
-            f"{self.path} is gone or empty, but {SERVED} beside it says that there was one; {way_out}; or remove"
-            f" {SERVED} to begin at 0"
+            f"{self.path} is gone or empty, but {SERVED} beside it says that there was one",
+            f"{way_out}; or remove {SERVED} to begin at 0",
         )
 
     def _configure(self) -> None:
