@@ -139,6 +139,8 @@ def run(config: Config, environment: Mapping[str, str], *, as_json: bool) -> tup
 
 def examine(found: Evidence) -> list[Finding]:
     """All findings, worst first."""
+    of_settings = [*check_claude(found.layers, found.endpoints), *check_exporters(found.settings, found.endpoints)]
+    led_here = frozenset(finding.check for finding in of_settings if finding.status is Status.OK)
     findings = [
         *(
             check_elsewhere(found.elsewhere)
@@ -147,10 +149,9 @@ def examine(found: Evidence) -> list[Finding]:
         ),
         *check_directory(found.directory, found.user),
         *check_database(found.inspection),
-        *check_claude(found.layers, found.endpoints),
-        *check_exporters(found.settings, found.endpoints),
+        *of_settings,
         *check_transcripts(found.transcripts, found.metrics, found.now),
-        *check_others(found.others, found.metrics, found.now),
+        *check_others(found.others, found.metrics, found.now, led_here),
         *check_xrg_endpoint(found.xrg_endpoint, found.here),
     ]
     if found.denied:
@@ -160,7 +161,7 @@ def examine(found: Evidence) -> list[Finding]:
     if found.metrics is not None:
         findings += [
             *check_version(found.metrics),
-            *check_exports(found.metrics, found.now),
+            *check_exports(found.metrics, found.now, is_led_here=bool(led_here)),
             *check_refusals(found.metrics),
             *check_points(found.metrics),
             *check_held(found.metrics),
@@ -306,15 +307,18 @@ def check_database(inspection: Inspection | str | None) -> Iterator[Finding]:
             yield Finding(Status.OK, "database", f"schema {inspection.version}, {inspection.commits} commits")
 
 
-def check_exports(metrics: Metrics, now: float) -> Iterator[Finding]:
-    """The last export of each tool and signal."""
+def check_exports(metrics: Metrics, now: float, *, is_led_here: bool = False) -> Iterator[Finding]:
+    """The last export of each tool and signal. `is_led_here`: the settings of a tool lead here."""
     tools: dict[str, dict[str, float]] = defaultdict(dict)
     for labels, when in metrics.get("bridge_last_export_timestamp_seconds", []):
         tools[labels["tool"] or "unnamed"][labels["signal"]] = when
     if not tools:
         since = f" since the bridge started {_ago(now, when)}" if (when := _sum(metrics, _STARTED)) else " yet"
-        todo = "claude-otel-bridge setup --write, then a new Claude Code session"
-        yield Finding(Status.WARN, "exports", f"nothing was received{since}", todo)
+        if is_led_here:
+            yield Finding(Status.OK, "exports", f"none came{since}")
+        else:
+            todo = "claude-otel-bridge setup --write, then a new Claude Code session"
+            yield Finding(Status.WARN, "exports", f"nothing was received{since}", todo)
     for tool, signals in sorted(tools.items()):
         what = f"{tool}: " + ", ".join(f"{signal} {_ago(now, when)}" for signal, when in sorted(signals.items()))
         if tool == "claude_code" and "metrics" not in signals:
@@ -497,14 +501,17 @@ def check_transcripts(transcripts: Transcripts, metrics: Metrics | None, now: fl
         yield Finding(Status.WARN, "exports", what, "start its sessions anew: they keep the settings they began with")
 
 
-def check_others(others: tuple[tuple[str, Transcripts], ...], metrics: Metrics | None, now: float) -> Iterator[Finding]:
-    """Which other tools were used; their transcripts suffice, and exports tell more."""
+def check_others(
+    others: tuple[tuple[str, Transcripts], ...], metrics: Metrics | None, now: float, led_here: frozenset[str]
+) -> Iterator[Finding]:
+    """Which other tools were used; their transcripts suffice, and exports tell more. `led_here`: as `setup` calls
+    them, those whose settings lead here."""
     samples = (metrics or {}).get("bridge_last_export_timestamp_seconds", [])
     exporting = {labels["tool"] for labels, _ in samples}
     for tool, (root, count, newest) in others:
         title, name = _OTHERS[tool]
         told = f"{title}: {count} under {root}, the newest {_ago(now, newest)}"
-        if metrics is not None and tool not in exporting:
+        if metrics is not None and tool not in exporting and name not in led_here:
             told += f"; it exports nothing here, which `claude-otel-bridge setup {name}` changes"
         yield Finding(Status.OK, "transcripts", told)
 

@@ -236,6 +236,7 @@ def test_setup_then_doctor(daemon: Daemon) -> None:
     subprocess.run(command, env={"HOME": str(daemon.directory)}, check=True, capture_output=True, timeout=30)
     _, findings, _ = ask(daemon)
     assert told(findings, "ok", "claude") == f"Claude Code is set to export to http://localhost:{daemon.port}\n"
+    assert told(findings, "ok", "exports").startswith("none came since the bridge started ")
 
 
 def test_a_damaged_and_a_newer_database_fail(daemon: Daemon) -> None:
@@ -390,9 +391,22 @@ def test_other_tools_are_named_with_what_they_do_not_tell(tmp_path: Path) -> Non
     others = tuple(doctor._others({"CODEX_HOME": str(tmp_path)}, tmp_path / "home"))
     assert [(tool, found.root, found.files) for tool, found in others] == [("codex", tmp_path / "sessions", 1)]
     exporting: doctor.Metrics = {"bridge_last_export_timestamp_seconds": [({"tool": "codex", "signal": "logs"}, NOW)]}
-    texts = [next(doctor.check_others(others, metrics, time.time())).what for metrics in ({}, exporting)]
+    cases: list[tuple[Metrics, frozenset[str]]] = [
+        ({}, frozenset()),
+        (exporting, frozenset()),
+        ({}, frozenset({"codex"})),
+    ]
+    texts = [next(doctor.check_others(others, metrics, time.time(), led)).what for metrics, led in cases]
     assert texts[0].startswith(f"Codex: 1 under {tmp_path}/sessions, the newest")
-    assert ["setup codex" in text for text in texts] == [True, False]
+    assert ["setup codex" in text for text in texts] == [True, False, False]
+
+
+def test_none_came_yet_is_no_fault_of_settings_that_lead_here() -> None:
+    metrics = exports(0, started=NOW - 2)
+    (finding,) = doctor.check_exports(metrics, NOW, is_led_here=True)
+    assert finding == Finding(OK, "exports", "none came since the bridge started 2 s ago")
+    (finding,) = doctor.check_exports(metrics, NOW)
+    assert (finding.status, "setup --write" in finding.todo) == (WARN, True)
 
 
 def test_what_keeps_the_exports_of_codex_and_gemini_away(tmp_path: Path) -> None:
