@@ -231,11 +231,19 @@ def check_daemon(answers: tuple[Answer, ...], instance: str, holder: str) -> Ite
         yield Finding(Status.WARN, "daemon", f"nothing answers on {where}", todo)
 
 
+_UNKNOWN_CERTIFICATE = "its certificate is not believed"
+
+
 def check_elsewhere(answer: Answer) -> Iterator[Finding]:
     """Does the bridge of another machine take what Claude Code would send?"""
     address, problem, status, server, _ = answer
     if problem:
         todo = "see whether it runs and can be reached from here; ask whoever runs it"
+        if problem.startswith(_UNKNOWN_CERTIFICATE):
+            todo = (
+                "SSL_CERT_FILE=chain.pem claude-otel-bridge doctor, with its authority; Claude Code has that from"
+                " NODE_EXTRA_CA_CERTS"
+            )
         yield Finding(Status.FAIL, "daemon", f"{address}, to which Claude Code exports: {problem}", todo)
     elif server != NAME:
         what = f"{address}, to which Claude Code exports, is another program ({server or 'without a name'})"
@@ -649,6 +657,8 @@ def _elsewhere(layers: Iterable[Layer]) -> Answer | None:
 
 def ask_elsewhere(address: str, headers: str) -> Answer:
     """What a bridge at an address (`https://host:4318`) says to what a tool sends with these OTLP headers."""
+    import ssl
+
     parts = urlsplit(address)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     pairs = (part.partition("=") for part in headers.split(",") if "=" in part)
@@ -661,6 +671,10 @@ def ask_elsewhere(address: str, headers: str) -> Answer:
             return _introduced(address, response.status, response.headers)
         finally:
             connection.close()
+    except ssl.SSLCertVerificationError as error:
+        is_misnamed = "mismatch" in error.verify_message
+        what = "its certificate bears another name" if is_misnamed else _UNKNOWN_CERTIFICATE
+        return Answer(address, f"{what}: {error.verify_message}")
     except TimeoutError:
         return Answer(address, f"no answer within {TIMEOUT_SECONDS:g} s")
     except OSError as error:

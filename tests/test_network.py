@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bridge import tokens
+from bridge import doctor, tokens
 from bridge.cli import main
 from bridge.config import Config, Limits, Tls
 from bridge.tls import HTTP_HINT, TlsError, TlsFiles
@@ -533,7 +533,9 @@ def test_certificates_are_renewed_while_the_bridge_runs(certificates: Path, tmp_
 
 @needs_network
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion")  # an old version is what must be refused
-def test_tls_beyond_loopback(make_daemon: Callable[..., Daemon], certificates: Path, tmp_path: Path) -> None:
+def test_tls_beyond_loopback(
+    make_daemon: Callable[..., Daemon], certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port, server = free_port(), certificates / "server"
     tls = in_place(certificates, tmp_path, "server")
     env = {"BRIDGE_TLS_CERT": tls.cert, "BRIDGE_TLS_KEY": tls.key, "BRIDGE_TLS_CLIENT_CA": tls.client_ca}
@@ -556,6 +558,14 @@ def test_tls_beyond_loopback(make_daemon: Callable[..., Daemon], certificates: P
         finally:
             connection.close()
 
+    (finding,) = doctor.check_elsewhere(doctor.ask_elsewhere(f"https://{ADDRESS}:{port}", ""))
+    assert "its certificate is not believed: self-signed certificate" in finding.what.replace(
+        "self signed", "self-signed"
+    )
+    assert "SSL_CERT_FILE=chain.pem claude-otel-bridge doctor" in finding.todo
+    monkeypatch.setenv("SSL_CERT_FILE", f"{server}.pem")
+    (finding,) = doctor.check_elsewhere(doctor.ask_elsewhere(f"https://{ADDRESS}:{port}", ""))
+    assert "its certificate bears another name: IP address mismatch" in finding.what
     assert get(has_certificate=True, has_token=True) == 200
     assert get(has_certificate=True, has_token=True, latest=ssl.TLSVersion.TLSv1_2) == 200
     assert get(has_certificate=True) == 401
