@@ -33,6 +33,9 @@ Flags win over environment over file.
 """
 
 
+_EXTRA = "install the extra in the source tree: .venv/bin/pip install '.[completion]'"
+
+
 class _Formatter(argparse.HelpFormatter):
     """As wide as the terminal; argparse loads slow modules to find that out, for every argument."""
 
@@ -445,7 +448,7 @@ def _print_completion(shell: str) -> int:
     try:
         import shtab
     except ImportError:
-        sys.stderr.write("claude-otel-bridge: completion needs shtab: pip install 'claude-otel-bridge[completion]'\n")
+        sys.stderr.write(f"claude-otel-bridge: completion needs shtab; {_EXTRA}\n")
         return os.EX_UNAVAILABLE
     sys.stdout.write(shtab.complete(parser(), shell) + "\n")
     return os.EX_OK
@@ -455,9 +458,7 @@ def _print_manual() -> int:
     try:
         from argparse_manpage.manpage import Manpage
     except ImportError:
-        sys.stderr.write(
-            "claude-otel-bridge: man needs argparse-manpage: pip install 'claude-otel-bridge[completion]'\n"
-        )
+        sys.stderr.write(f"claude-otel-bridge: man needs argparse-manpage; {_EXTRA}\n")
         return os.EX_UNAVAILABLE
     whole = parser()
     data = {"version": __version__, "manual_title": "claude-otel-bridge", "manual_section": "1"}

@@ -229,7 +229,9 @@ def _require_command(command: Sequence[str]) -> None:
     done = subprocess.run(words, cwd="/", env={}, capture_output=True, text=True)  # noqa: S603  # no shell
     if done.returncode or not done.stdout.startswith(NAME):
         reason = done.stderr.strip().rpartition("\n")[2]
-        raise ServiceError(f"`{' '.join(command)}` does not run on its own: {reason}. Install it: pipx install {NAME}")
+        raise ServiceError(
+            f"`{' '.join(command)}` does not run on its own: {reason}. In the source tree: pipx install ."
+        )
 
 
 def _has_ipv6() -> bool:
@@ -381,5 +383,5 @@ def _require_public(command: Sequence[str]) -> None:
         if part.startswith(("/home/", "/root/")):
             raise ServiceError(
                 f"{part} is in a home, which the system's service cannot see; install the program for all users"
-                f" (sudo pipx install --global {NAME})"
+                " (in the source tree: sudo pipx install --global .)"
             )

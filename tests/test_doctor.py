@@ -644,7 +644,7 @@ def test_completion_without_shtab_says_what_to_install() -> None:
     code = "import sys; sys.modules['shtab'] = None; from bridge.cli import main; main(['completion', 'bash'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == os.EX_UNAVAILABLE
-    assert "claude-otel-bridge[completion]" in done.stderr
+    assert "in the source tree: .venv/bin/pip install '.[completion]'" in done.stderr
 
 
 def test_the_daemon_does_not_pay_for_it() -> None:
@@ -664,7 +664,7 @@ def test_the_manual_without_its_library_says_what_to_install() -> None:
     code = "import sys; sys.modules['argparse_manpage'] = None; from bridge.cli import main; main(['man'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == os.EX_UNAVAILABLE
-    assert "claude-otel-bridge[completion]" in done.stderr
+    assert "in the source tree: .venv/bin/pip install '.[completion]'" in done.stderr
 
 
 def test_a_bridge_that_wants_a_token_is_examined_with_it(make_daemon: Callable[..., Daemon]) -> None:
