@@ -117,10 +117,14 @@ class Service:
         _say(f"answers    {self.wait_ready()}")
 
     def status(self) -> int:
+        """Whether a bridge answers decides, also one in a terminal where there is no supervisor to ask."""
         for path in self.paths:
             _say(f"{'file' if path.exists() else 'no file':<10} {path}")
-        self.supervisor.require()
-        _say(f"{'running' if self.supervisor.is_running() else 'stopped':<10} {NAME}")
+        try:
+            self.supervisor.require()
+            _say(f"{'running' if self.supervisor.is_running() else 'stopped':<10} {NAME}")
+        except ServiceError as error:
+            sys.stderr.write(f"{NAME}: {error}\n")
         answer, url = _ask(self.asked, is_tls=self.is_tls), _url(self.asked)
         _say(f"{'answers' if answer else 'no answer':<10} {url} {answer}".rstrip())
         return os.EX_OK if answer == "ready" else os.EX_UNAVAILABLE

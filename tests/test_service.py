@@ -196,6 +196,18 @@ def test_without_systemd_the_message_says_what_to_do(machine: Machine, capsys: C
     assert not machine.units.exists()
 
 
+def test_without_systemd_the_status_is_whether_a_bridge_answers(machine: Machine, capsys: Capture) -> None:
+    machine.broken.append("show --property=Version")
+    assert machine.do("status") == os.EX_UNAVAILABLE
+    said = capsys.readouterr()
+    assert "no answer" in said.out
+    assert "systemd does not answer" in said.err
+    assert machine.daemon is not None
+    machine.daemon.start()
+    assert machine.do("status") == 0
+    assert f"answers    {machine.daemon.url} ready" in capsys.readouterr().out
+
+
 def test_what_systemctl_says_is_passed_on(machine: Machine, capsys: Capture) -> None:
     machine.broken.append("restart X.service")
     assert machine.do("install") == os.EX_UNAVAILABLE
