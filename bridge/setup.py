@@ -430,7 +430,7 @@ def run(
         if not did:
             return f"{aim.file}: nothing to undo; setup has written nothing there.\n"
         stays = "".join(f"  {name} was changed since, and stays\n" for name in left)
-        return f"{aim.file}: {aim.title}'s settings are again what they were before setup.\n{stays}"
+        return f"{aim.file}: the bridge's own entries are gone from {aim.title}'s settings.\n{stays}"
     found = write(aim) if action == "write" else show(aim)
     stays = _statusline_of_others(aim) if statusline else ""
     if not found:

@@ -61,7 +61,9 @@ def test_an_empty_home(tmp_path: Path) -> None:
     assert written.returncode == 0, written.stderr
     assert json.loads((tmp_path / ".claude" / "settings.json").read_text()) == {"env": OURS}
     assert run(tmp_path, "setup", "--write").stdout.endswith("nothing to change.\n")
-    assert run(tmp_path, "setup", "--undo").returncode == 0
+    undone = run(tmp_path, "setup", "--undo")
+    assert undone.returncode == 0
+    assert undone.stdout.endswith("settings.json: the bridge's own entries are gone from Claude Code's settings.\n")
     assert not list(tmp_path.iterdir())
     assert "nothing to undo" in run(tmp_path, "setup", "--undo").stdout
 
