@@ -320,7 +320,7 @@ def _back_up(file: "Path", config: "Config") -> int:
 
 
 def _change_tokens(options: argparse.Namespace, config: "Config") -> int:
-    from bridge import tokens
+    from bridge import setup, tokens
     from bridge.daemon import state_directory, token_file
 
     file = token_file(config, state_directory(config))
@@ -336,7 +336,8 @@ def _change_tokens(options: argparse.Namespace, config: "Config") -> int:
     sys.stdout.write(f"{secret}\n")
     sys.stderr.write(
         f"This is the token of {options.name}; it is shown this once, {file} has its hash. On the client:\n"
-        "  BRIDGE_TOKEN=... claude-otel-bridge setup --write --endpoint http://THIS_HOST:4318\n"
+        "  BRIDGE_TOKEN=... claude-otel-bridge setup --write --endpoint"
+        f" {setup.network_endpoint(config, 'THIS_HOST')}\n"
         "or OTEL_EXPORTER_OTLP_HEADERS=Authorization=Bearer%20... in its environment.\n"
     )
     return os.EX_OK

@@ -64,11 +64,24 @@ def endpoints(config: Config) -> tuple[str, ...]:
     wildcard = {"0.0.0.0": "127.0.0.1", "[::]": "localhost"}  # noqa: S104  # compared, not listened on
     found = []
     for address in (*config.listen, *config.listen_ingest):
-        host, _, port = address.rpartition(":")
-        is_public = is_beyond_loopback(host)
-        scheme = "https" if is_public and config.tls.cert else "http"
-        found += [f"{scheme}://{name}:{port}" for name in (wildcard.get(host, host), *config.hosts * is_public)]
+        host = address.rpartition(":")[0]
+        names = wildcard.get(host, host), *config.hosts * is_beyond_loopback(host)
+        found += [_url(address, name, config) for name in names]
     return tuple(found)
+
+
+def network_endpoint(config: Config, name: str) -> str:
+    """The URL for clients on other machines, which call this one `name`: of the first address beyond loopback that
+    takes exports, without one of the first at all."""
+    addresses = (*config.listen, *config.listen_ingest)
+    public = (address for address in addresses if is_beyond_loopback(address.rpartition(":")[0]))
+    return _url(next(public, addresses[0]), name, config)
+
+
+def _url(address: str, name: str, config: Config) -> str:
+    host, _, port = address.rpartition(":")
+    scheme = "https" if config.tls.cert and is_beyond_loopback(host) else "http"
+    return f"{scheme}://{name}:{port}"
 
 
 def is_beyond_loopback(host: str) -> bool:

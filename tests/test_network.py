@@ -299,6 +299,7 @@ def test_tokens_come_and_go_while_the_bridge_runs(make_daemon: Callable[..., Dae
     secret, file = made.stdout.strip(), daemon.state_dir / "tokens"
     assert len(secret) > 40
     assert secret not in file.read_text() + made.stderr
+    assert "setup --write --endpoint http://THIS_HOST:" in made.stderr
     assert file.stat().st_mode & 0o777 == 0o600
     daemon.start()
     place = ("127.0.0.1", daemon.port)

@@ -73,6 +73,15 @@ def test_the_port_of_the_settings_in_force(tmp_path: Path) -> None:
     assert "http://localhost:15318" in run(tmp_path, "setup", env={"BRIDGE_LISTEN": "localhost:15318"}).stdout
 
 
+def test_what_other_machines_are_told() -> None:
+    def f(*listen: str, ingest: tuple[str, ...] = (), cert: str = "c") -> str:
+        return setup.network_endpoint(Config(listen=listen, listen_ingest=ingest, tls=Tls(cert, cert)), "HOST")
+
+    assert f("localhost:1", "0.0.0.0:2") == f("localhost:1", ingest=("192.0.2.2:2", "192.0.2.2:3")) == "https://HOST:2"
+    assert f("localhost:1", "[2001:db8::1]:2", cert="") == "http://HOST:2"
+    assert f("localhost:1") == "http://HOST:1"
+
+
 def test_every_address_that_takes_exports_has_its_url() -> None:
     def f(*listen: str, cert: str = "", **settings: Any) -> tuple[str, ...]:
         return setup.endpoints(Config(listen=listen, tls=Tls(cert, cert), **settings))
