@@ -406,6 +406,8 @@ def _client_command(options: argparse.Namespace, config: "Config") -> int:
     try:
         address = setup.remote(options.endpoint) if options.endpoint else setup.endpoints(config)[0]
         token = setup.token_of(os.environ)
+        if not (token or options.endpoint or options.undo) and setup.wants_token(config, address):
+            setup.require_token(options.tool, os.environ)
     except setup.SetupError as error:
         sys.stderr.write(f"claude-otel-bridge: {error}\n")
         return error.exit_code

@@ -126,6 +126,8 @@ class Evidence:
     """Why the bridge does not show its metrics."""
     elsewhere: Answer | None = None
     """Where no bridge is kept on this machine: what the one said that Claude Code is set to export to."""
+    guarded: frozenset[str] = frozenset()
+    """Those of this bridge's endpoints that ask for a token."""
     settings: tuple[exporters.Exporter, ...] = ()
     """What other tools are told of their exports."""
 
@@ -139,7 +141,10 @@ def run(config: Config, environment: Mapping[str, str], *, as_json: bool) -> tup
 
 def examine(found: Evidence) -> list[Finding]:
     """All findings, worst first."""
-    of_settings = [*check_claude(found.layers, found.endpoints), *check_exporters(found.settings, found.endpoints)]
+    of_settings = [
+        *check_claude(found.layers, found.endpoints, found.guarded),
+        *check_exporters(found.settings, found.endpoints, found.guarded),
+    ]
     led_here = frozenset(finding.check for finding in of_settings if finding.status is Status.OK)
     findings = [
         *(
@@ -425,8 +430,11 @@ _LESSER = frozenset(
 )  # exports arrive without them, only later or less surely
 
 
-def check_claude(layers: tuple[Layer, ...], endpoints: tuple[str, ...]) -> Iterator[Finding]:
-    """What of Claude Code's settings and environment keeps its exports from all addresses of this bridge."""
+def check_claude(
+    layers: tuple[Layer, ...], endpoints: tuple[str, ...], guarded: frozenset[str] = frozenset()
+) -> Iterator[Finding]:
+    """What of Claude Code's settings and environment keeps its exports from all addresses of this bridge, of which
+    those in `guarded` ask for a token."""
     variables: dict[str, str] = {}
     origin: dict[str, Layer] = {}
     relevant = {*claude_code.environment(""), *claude_code.OVERRIDES}
@@ -461,7 +469,10 @@ def check_claude(layers: tuple[Layer, ...], endpoints: tuple[str, ...]) -> Itera
         elif name in origin and origin[name].name == SHELL and name in claude_code.OVERRIDES:
             todo = f"unset {name} where your shell sets it"
         yield Finding(Status.WARN if is_minor else Status.FAIL, "claude", what, todo)
-    if not problems:
+    if endpoint in guarded and not any(setup.has_token(layer.variables.get(setup.HEADERS, "")) for layer in layers):
+        todo = "BRIDGE_TOKEN=... claude-otel-bridge setup --write"
+        yield Finding(Status.WARN, "claude", f"this bridge wants a token, and {setup.HEADERS} has none", todo)
+    elif not problems:
         yield Finding(Status.OK, "claude", f"Claude Code is set to export to {endpoint}")
 
 
@@ -478,7 +489,9 @@ def _reason(name: str) -> str:
     return "it does not lead to this bridge"
 
 
-def check_exporters(found: tuple[exporters.Exporter, ...], endpoints: tuple[str, ...]) -> Iterator[Finding]:
+def check_exporters(
+    found: tuple[exporters.Exporter, ...], endpoints: tuple[str, ...], guarded: frozenset[str] = frozenset()
+) -> Iterator[Finding]:
     """What of other tools' settings keeps their exports from this bridge, where they are told to export."""
     for exporter in found:
         if exporter.problem:
@@ -487,7 +500,12 @@ def check_exporters(found: tuple[exporters.Exporter, ...], endpoints: tuple[str,
             every = {url: list(exporters.misfits(exporter, url)) for url in endpoints}
             endpoint, misfits = min(every.items(), key=lambda pair: len(pair[1]))
             yield from (Finding(Status.WARN, exporter.tool, what, todo) for what, todo in misfits)
-            if not misfits:
+            if not misfits and endpoint in guarded and exporter.tool == "codex" and not exporters.sends_token(exporter):
+                todo = "BRIDGE_TOKEN=... claude-otel-bridge setup codex --write"
+                yield Finding(
+                    Status.WARN, exporter.tool, f"this bridge wants a token, and {exporter.title} has none", todo
+                )
+            elif not misfits:
                 yield Finding(Status.OK, exporter.tool, f"{exporter.title} is set to export to {endpoint}")
 
 
@@ -637,6 +655,7 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
         others=tuple(_others(environment, home)),
         denied=denied,
         elsewhere=elsewhere,
+        guarded=frozenset(url for url in endpoints if setup.wants_token(config, url)),
         settings=tuple(exporters.of_tools(environment, endpoint)),
     )
 

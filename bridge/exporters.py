@@ -73,6 +73,13 @@ def exports(exporter: Exporter) -> bool:
     return any(isinstance(exporter.settings.get(key, Setting("")).value, dict) for key in _CODEX)
 
 
+def sends_token(exporter: Exporter) -> bool:
+    """Whether all exports of Codex, which go to HTTP, have a token."""
+    told = [exporter.settings[key].value for key in _CODEX if key in exporter.settings]
+    headers = [value["otlp-http"].get("headers", {}) for value in told if isinstance(value, dict)]
+    return all(isinstance(names, dict) and "authorization" in map(str.lower, names) for names in headers)
+
+
 def misfits(exporter: Exporter, endpoint: str) -> Iterator[Misfit]:
     """What keeps the exports of a tool from the bridge at `endpoint`."""
     find = _of_gemini if exporter.tool == "gemini" else _of_codex

@@ -33,6 +33,12 @@ SHELLS = ("bash", "zsh", "fish")
 STATUSLINE: edits.Path = ("statusLine",)
 
 
+_NO_HEADERS = (
+    f"Gemini CLI has no setting for headers; export {HEADERS}='{claude_code.headers('TOKEN')}' in your shell with the"
+    " token in it"
+)
+
+
 class SetupError(Exception):
     """Nothing was changed; `exit_code` is a sysexits code, the text says why and what to do."""
 
@@ -105,6 +111,31 @@ def token_of(environment: Mapping[str, str]) -> str:
     return token
 
 
+def wants_token(config: Config, url: str) -> bool:
+    """Whether the bridge asks who exports to this URL of it for a token."""
+    is_guarded = config.loopback_token or is_beyond_loopback(urlsplit(url).hostname or "")
+    return is_guarded and not config.insecure_no_auth
+
+
+def has_token(headers: str) -> bool:
+    """Whether a value of OTEL_EXPORTER_OTLP_HEADERS sends a token."""
+    return any(part.partition("=")[0].strip().lower() == "authorization" for part in headers.split(","))
+
+
+def require_token(tool: str, environment: Mapping[str, str]) -> None:
+    """Raises SetupError 78 where the tool would send none to a bridge that wants one."""
+    if tool != "codex" and has_token(environment.get(HEADERS, "")):
+        return
+    if tool == "gemini":
+        raise SetupError(f"this bridge wants a token, and {_NO_HEADERS}, and run setup then", os.EX_CONFIG)
+    named = "" if tool == "claude" else f"{tool} "
+    raise SetupError(
+        f"this bridge wants a token: BRIDGE_TOKEN=... claude-otel-bridge setup {named}--write, with one that"
+        " `claude-otel-bridge token NAME` makes",
+        os.EX_CONFIG,
+    )
+
+
 def home(environment: Mapping[str, str]) -> Path:
     """The home directory, also where HOME is not set."""
     given = environment.get("HOME", "")
@@ -145,11 +176,7 @@ def target(tool: str, environment: Mapping[str, str], address: str, statusline: 
             }
             return Target("Codex", _place("CODEX_HOME", ".codex", environment) / "config.toml", TOML, wanted, address)
         case _ if token:
-            raise SetupError(
-                f"Gemini CLI has no setting for headers; export {HEADERS}='{claude_code.headers('TOKEN')}' in your"
-                " shell with the token in it, and run setup without BRIDGE_TOKEN",
-                os.EX_USAGE,
-            )
+            raise SetupError(f"{_NO_HEADERS}, and run setup without BRIDGE_TOKEN", os.EX_USAGE)
         case _:
             wanted = {
                 ("telemetry", "enabled"): (True, "nothing is exported without it"),

@@ -353,11 +353,21 @@ def test_each_address_of_the_bridge_will_do() -> None:
     both = ("http://localhost:14318", public)
     assert claude(Layer("s", environment(public)), endpoints=both)[0][0] is OK
     assert claude(Layer("s", environment(public.replace("https", "http"))), endpoints=both)[0][0] is FAIL
-    codex = {"otlp-http": {"endpoint": f"{public}/v1/logs"}}
+    codex: dict[str, dict[str, Any]] = {"otlp-http": {"endpoint": f"{public}/v1/logs"}}
     told = exporters.Exporter("codex", "Codex", {"exporter": exporters.Setting(codex)})
     assert [finding.what for finding in doctor.check_exporters((told,), both)] == [
         f"Codex is set to export to {public}"
     ]
+    guarded = frozenset({public})
+    (finding,) = doctor.check_exporters((told,), both, guarded)
+    assert finding.todo == "BRIDGE_TOKEN=... claude-otel-bridge setup codex --write"
+    codex["otlp-http"]["headers"] = {"Authorization": "Bearer x"}
+    assert statuses(doctor.check_exporters((told,), both, guarded)) == [(OK, "codex")]
+    headers = {"OTEL_EXPORTER_OTLP_HEADERS": "Authorization=Bearer%20x"}
+    layers = Layer("s", environment(public)), Layer("t", headers)
+    (finding,) = doctor.check_claude(layers[:1], both, guarded)
+    assert (finding.status, finding.todo) == (WARN, "BRIDGE_TOKEN=... claude-otel-bridge setup --write")
+    assert statuses(doctor.check_claude(layers, both, guarded)) == [(OK, "claude")]
     without = {name: value for name, value in GOOD.items() if not name.endswith("_ENDPOINT")}
     assert claude(Layer("s", without), endpoints=(public, ENDPOINT)) == [
         (OK, f"Claude Code is set to export to {ENDPOINT} > ")

@@ -667,6 +667,27 @@ def test_an_endpoint_is_an_address_alone(url: str) -> None:
         setup.remote(url)
 
 
+def test_a_bridge_that_wants_a_token_is_not_set_up_without(tmp_path: Path) -> None:
+    done = run(tmp_path, "setup", "--write", env={"BRIDGE_LOOPBACK_TOKEN": "true"})
+    assert done.returncode == os.EX_CONFIG
+    assert "this bridge wants a token: BRIDGE_TOKEN=... claude-otel-bridge setup --write" in done.stderr
+    assert not list(tmp_path.iterdir())
+    headers = {setup.HEADERS: "x=1, Authorization=Bearer%20x"}
+    setup.require_token("claude", headers)
+    setup.require_token("gemini", headers)
+    for tool, words in (
+        ("codex", "BRIDGE_TOKEN=... claude-otel-bridge setup codex --write"),
+        ("gemini", "export OTEL_"),
+    ):
+        with pytest.raises(SetupError, match=words):
+            setup.require_token(tool, {})
+    f = setup.wants_token
+    urls = ("http://localhost:1", "http://[::1]:1", "https://192.0.2.2:1", "https://nas:1")
+    assert [f(Config(), url) for url in urls] == [False, False, True, True]
+    assert all(f(Config(loopback_token=True), url) for url in urls)
+    assert not any(f(Config(loopback_token=True, insecure_no_auth=True), url) for url in urls)
+
+
 @pytest.mark.parametrize("token", ["two words", "a,b", 'quo"te', "new\nline", "per%20cent"])
 def test_a_token_that_headers_cannot_carry(token: str) -> None:
     with pytest.raises(setup.SetupError, match="BRIDGE_TOKEN"):
