@@ -124,8 +124,13 @@ def _cost(report: Report, entry: Entry) -> str:
     """A cost; an asterisk says that some of its tokens have no price, a dash before it that none has."""
     amount = entry.amount
     mark = "*" if amount.unpriced > 0 else " "
-    is_known = amount.cost != 0 or amount.unpriced < max(1, amount.tokens)
-    return (dollars(amount.cost, _places(report)) if is_known else "-") + (mark if report.unpriced else "")
+    shown = dollars(amount.cost, _places(report)) if _has_cost(amount) else "-"
+    return shown + (mark if report.unpriced else "")
+
+
+def _has_cost(amount: Amount) -> bool:
+    """Whether the cost of any of it is known."""
+    return amount.cost != 0 or amount.unpriced < max(1, amount.tokens)
 
 
 def _places(report: Report) -> int:
@@ -269,11 +274,13 @@ def _limit(limit: ShownLimit) -> str:
 
 def _burning(shown: ShownBlock, burn: Burn, places: int) -> list[str]:
     hours, minutes = divmod(burn.minutes_left, 60)
-    rate = dollars(round(burn.cost_per_hour), places)
-    projection = f"{burn.projected_tokens:,} tokens, {dollars(burn.projected_cost, places)}"
+    has_cost = _has_cost(shown.entry.amount)
+    rate = f", {dollars(round(burn.cost_per_hour), places)}/h" if has_cost else ""
+    projection = f"{burn.projected_tokens:,} tokens"
+    projection += f", {dollars(burn.projected_cost, places)}" if has_cost else ""
     return [
         f"Active until {shown.end}, {hours} h {minutes:02} min left.",
-        f"Since its first request: {round(burn.tokens_per_minute):,} tokens/min, {rate}/h.",
+        f"Since its first request: {round(burn.tokens_per_minute):,} tokens/min{rate}.",
         f"If that goes on: {projection}.",
     ]
 

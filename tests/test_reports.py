@@ -453,12 +453,17 @@ def test_models_without_a_price_are_named(told: State, report: Report) -> None:
     assert report("daily", "--json").json["unpriced_models"] == {"mystery-1": 3430}
 
 
-def test_what_has_no_price_at_all_is_never_shown_as_0_dollars(state: State, report: Report) -> None:
+def test_what_has_no_price_at_all_is_never_shown_as_0_dollars(
+    state: State, report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state.add("2026-02-14T12:00Z", model="mystery-1", cost=None)
-    for kind in GROUPINGS:
+    now = datetime.fromisoformat("2026-02-14T12:30Z").timestamp()
+    monkeypatch.setattr("bridge.reporting.time.time", lambda: now)
+    for kind in (*GROUPINGS, "blocks"):
         rows = [line for line in report(kind).text.splitlines() if line.endswith(" -*")]
         assert len(rows) == 2, "of the model and of the sum"
-    assert "$0" not in report("model").text
+        assert "$" not in report(kind).text
+    assert "If that goes on: 3" in report("blocks").text
 
 
 def test_no_cell_of_a_csv_is_a_formula(told: State, report: Report) -> None:
