@@ -177,6 +177,7 @@ async def _serve(config: Config, directory: Path, loop_name: str, *, accept_data
         price=_lazy_price(config), normalise=normalise_model, mark=mark,
         recover=_recovery(directory, accept_data_loss=accept_data_loss),
     )  # fmt: skip
+    del mark  # what it says of all series would stay as long as this process
     follower = _follower(config, ledger, telemetry, throttle)
     ledger.observers.append(telemetry.observe)
     copies = Copies(directory, ledger, _clock_ms)

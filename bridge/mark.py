@@ -141,9 +141,10 @@ class Floors:
 
     def forget(self, before: int) -> None:
         """Give up the series that did not come back, last seen before a time (Unix ms)."""
-        for name, floor in [*self._series.items()]:
-            if floor.seen < before and name not in self._found:
-                del self._series[name]
+        # A new one: the old one keeps the room that it once took.
+        self._series = {
+            name: floor for name, floor in self._series.items() if floor.seen >= before or name in self._found
+        }
 
     @property
     def lost(self) -> dict[bytes, Shown]:
