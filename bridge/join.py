@@ -198,11 +198,6 @@ class Matching:
         return changed
 
 
-def unite(rows: Iterable[Observed]) -> dict[int, Verdict]:
-    """What each row of a group counts as."""
-    return Matching(rows).news()
-
-
 class Cell(NamedTuple):
     """What the sources say of one session (or of all without metrics of their own) and one model.
 

@@ -40,11 +40,6 @@ class Lines:
         self._held: list[bytes] = []
         self._held_size = 0
 
-    @property
-    def position(self) -> int:
-        """Where the next block has to begin: behind `offset` as long as the beginning of a line is held."""
-        return self.offset + self._held_size
-
     def feed(self, block: bytes) -> list[bytes]:
         """The lines that this block completes, without newline, byte order mark and NULs."""
         found: list[bytes] = []

@@ -191,16 +191,6 @@ def _legal_start(name: str) -> str:
 # Labels
 
 
-def label_name(key: str, *, strategy: Strategy = DEFAULT_STRATEGY, style: LabelStyle = LabelStyle.COLLECTOR) -> str:
-    """The Prometheus label of an OTLP attribute key: `session.id` -> `session_id`. `__x__` keeps both its ends.
-
-    Raises NamingError for a key of which nothing is left but underscores; `labels` has a name for these, too.
-    """
-    if name := _label_name(key, strategy, style):
-        return name
-    raise NamingError(f"attribute {_shown(key)}: {strategy} leaves no label name; rename it with ASCII letters")
-
-
 def labels(
     attributes: Iterable[tuple[str, str]],
     *,
@@ -230,7 +220,7 @@ def labels(
 
 
 def _label_name(key: str, strategy: Strategy, style: LabelStyle) -> str:
-    """The label name, or nothing where the rules leave none."""
+    """`session.id` -> `session_id`; `__x__` keeps both its ends. Empty where nothing is left but underscores."""
     translate = _translated_key if len(key) <= CACHED_LENGTH else _translated_key.__wrapped__
     return translate(key, strategy, style)
 

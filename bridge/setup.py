@@ -28,8 +28,6 @@ from bridge.web.access import is_loopback
 BACKUP_SUFFIX = ".before-claude-otel-bridge"
 RECORD_SUFFIX = ".claude-otel-bridge-undo"
 HEADERS = "OTEL_EXPORTER_OTLP_HEADERS"
-TOOLS = ("claude", "codex", "gemini")
-SHELLS = ("bash", "zsh", "fish")
 STATUSLINE: edits.Path = ("statusLine",)
 
 

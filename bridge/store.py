@@ -695,8 +695,7 @@ class Store:
         Raises Damaged, also where it is gone although the mark beside it says that there was one, unless it
         `may_begin` at 0. StateError 65: newer schema or not ours; 74: cannot be read or written."""
         directory = self.path.parent
-        log = directory / f"{DATABASE}-wal"
-        has_log = log.exists() and log.stat().st_size > 0
+        has_log = is_open(str(self.path))
         way_out = _way_out(directory, self.version)
         is_missed = (directory / SERVED).exists() and not may_begin
         if is_missed and not (self.path.exists() and self.path.stat().st_size):

@@ -15,7 +15,7 @@ from bridge.jsonl import Lines
 from bridge.model import Drop, Event, Resource, Source, Usage
 from bridge.otlp import CONTENT_KEYS
 from bridge.tools.claude_code import EVENT_KEYS, read_event
-from bridge.tools.claude_code_lines import TRANSCRIPTS, read_line
+from bridge.tools.claude_code_lines import TRANSCRIPTS
 from bridge.tools.claude_code_lines import Lines as LineReader
 from tests.recordings import EXPECTED, RUNS
 from tests.transcript_tree import Case, Request, Truth, edge_cases, progress, response, write_edge_cases, write_tree
@@ -60,6 +60,11 @@ def requests(found: Iterable[Usage]) -> list[Request]:
 def usages_under(root: Path, *, is_reversed: bool = False) -> list[Usage]:
     paths = sorted(root.rglob("*.jsonl"), reverse=is_reversed)
     return [usage for path in paths for usage in usages(path.read_bytes())[0]]
+
+
+def read_line(line: bytes, order: int) -> tuple[Usage, ...] | Drop:
+    """What one line says by itself."""
+    return LineReader("", order, b"").read(line)
 
 
 def one(line: bytes, order: int = 7) -> Usage:

@@ -28,7 +28,6 @@ from bridge.join import (
     add_worth,
     request_cell,
     settle,
-    unite,
     worth,
 )
 from bridge.model import Source, Usage, UsageCell
@@ -45,7 +44,7 @@ SEEDS = (*range(21), 56, 58, 81, 98)
 SOURCES = ("metrics", "events", "transcripts")
 SUBSETS = [subset for size in (1, 2, 3) for subset in combinations(SOURCES, size)]
 
-# --- unite -----------------------------------------------------------------------------------------------------
+# --- matching --------------------------------------------------------------------------------------------------
 
 OBSERVED = st.builds(
     Observed,
@@ -67,7 +66,7 @@ def test_uniting_does_not_depend_on_order(rows: list[Observed], choose: random.R
     shuffled = choose.sample(rows, len(rows))
     renumbered = [row._replace(id=at) for at, row in enumerate(shuffled, 100)]
     by_key = {row.key: row.id for row in renumbered}
-    first, second = unite(rows), unite(renumbered)
+    first, second = Matching(rows).news(), Matching(renumbered).news()
     assert {row.key: first[row.id] for row in rows} == {row.key: second[by_key[row.key]] for row in rows}
 
 
@@ -88,13 +87,13 @@ def most_pairs(rows: list[Observed]) -> int:
 @given(GROUPS)
 def test_as_many_are_paired_as_can_be_and_none_is_lost(rows: list[Observed]) -> None:
     """As many as can be of equal output at least, and of all where no outputs are equal."""
-    counted = [verdict for verdict in unite(rows).values() if verdict.is_counted]
+    counted = [verdict for verdict in Matching(rows).news().values() if verdict.is_counted]
     equal = sum(most_pairs([row for row in rows if row.output == output]) for output in {row.output for row in rows})
     assert equal <= len(rows) - len(counted) <= most_pairs(rows)
     for source in Source:
         assert sum(row.output for row in rows if row.source is source) <= sum(verdict.output for verdict in counted)
     unequal = [row._replace(output=2 * row.output + (row.source is Source.EVENT)) for row in rows]
-    assert sum(verdict.is_counted for verdict in unite(unequal).values()) == len(rows) - most_pairs(rows)
+    assert sum(verdict.is_counted for verdict in Matching(unequal).news().values()) == len(rows) - most_pairs(rows)
 
 
 class Alike(NamedTuple):
@@ -121,7 +120,7 @@ def test_sources_that_tell_right_outputs_add_up_to_what_happened(requests: list[
                 rows.append(Observed(at, bytes([at]), source, request.output, has_id, is_united, is_copy=False))
         if has_event or has_line:
             happened.append(request.output)
-    counted = [verdict.output for verdict in unite(rows).values() if verdict.is_counted]
+    counted = [verdict.output for verdict in Matching(rows).news().values() if verdict.is_counted]
     if tells_all:
         assert (len(counted), sum(counted)) == (len(happened), sum(happened))
     assert len(counted) <= len(happened)
@@ -146,15 +145,14 @@ def test_a_group_that_is_kept_says_what_one_made_anew_says(
             )
             kept.put(rows[row_id])
         verdicts |= kept.news()
-        assert verdicts == unite(rows.values())
+        assert verdicts == Matching(rows.values()).news()
         assert kept.news() == {}
 
 
-@pytest.mark.parametrize("with_ids", [(), (Source.TRANSCRIPT,), (Source.EVENT,)])
-def test_of_many_rows_alike_few_are_looked_at_for_one_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_ids: tuple[Source, ...]
-) -> None:
-    """The same numbers in hundreds of requests, of which one side or none has ids."""
+def rows_looked_at(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, with_ids: tuple[Source, ...], reads: tuple[str, ...]
+) -> int:
+    """How many rows are read to unite 400 requests alike, each told by both sources, of which some give ids."""
     looked_at = 0
 
     def counting(read: Callable[[UsageStore, Any], list[UsageRow]]) -> Callable[[UsageStore, Any], list[UsageRow]]:
@@ -166,9 +164,9 @@ def test_of_many_rows_alike_few_are_looked_at_for_one_more(
 
         return reading
 
-    for name in ("group", "by_ids"):
+    for name in reads:
         monkeypatch.setattr(UsageStore, name, counting(getattr(UsageStore, name)))
-    store = Store(tmp_path, connect=unsynced)
+    store = Store(directory, connect=unsynced)
     store.open(0)
     with closing(store):
         books = UsageBooks(store, lambda _: 1, normalise_model, frozenset())
@@ -182,37 +180,22 @@ def test_of_many_rows_alike_few_are_looked_at_for_one_more(
         ((requests, outputs),) = store.execute("select sum(requests), sum(output) from rollup").fetchall()
         counted = store.execute("select sum(is_counted) from usage").fetchall()
     assert (requests, outputs, counted) == (400, 800, [(400,)])
-    assert looked_at < MANY_ALIKE**2 + 4 * 400
+    return looked_at
+
+
+@pytest.mark.parametrize("with_ids", [(), (Source.TRANSCRIPT,), (Source.EVENT,)])
+def test_of_many_rows_alike_few_are_looked_at_for_one_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_ids: tuple[Source, ...]
+) -> None:
+    """The same numbers in hundreds of requests, of which one side or none has ids."""
+    assert rows_looked_at(tmp_path, monkeypatch, with_ids, ("group", "by_ids")) < MANY_ALIKE**2 + 4 * 400
 
 
 def test_many_rows_alike_are_judged_alone_where_none_of_them_can_be_the_same_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each with an id of the API, told by both sources: the same few numbers in thousands of requests."""
-    judged = 0
-    group = UsageStore.group
-
-    def counting(store: UsageStore, row: UsageRow) -> list[UsageRow]:
-        nonlocal judged
-        members = group(store, row)
-        judged += len(members)
-        return members
-
-    monkeypatch.setattr(UsageStore, "group", counting)
-    store = Store(tmp_path)
-    store.open(0)
-    with closing(store):
-        books = UsageBooks(store, lambda _: 1, normalise_model, frozenset())
-        books.load()
-        with store.transaction():
-            for at in range(400):
-                for source in Source:
-                    key = bytes([source, *at.to_bytes(15, "big")])
-                    books.add(Usage(TOOL, source, key, "s", "claude-x", HOUR, 1, 2, 3, 0, 0, request_id=f"r{at}"))
-            books.flush(1, HOUR)
-        ((requests, outputs),) = store.execute("select sum(requests), sum(output) from rollup").fetchall()
-    assert (requests, outputs) == (400, 800)
-    assert judged < 4 * 400
+    """Each with an id of the API, told by both sources: the same few numbers in hundreds of requests."""
+    assert rows_looked_at(tmp_path, monkeypatch, tuple(Source), ("group",)) < 4 * 400
 
 
 # --- worth -----------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_nothing_but_the_path_of_python_is_needed() -> None:
     assert "settings.json" in done.stdout
 
 
-@pytest.mark.parametrize("shell", setup.SHELLS)
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_exports_for_shells(tmp_path: Path, shell: str) -> None:
     lines = run(tmp_path, "setup", "--shell", shell).stdout.splitlines()
     form = "set -gx {} {}" if shell == "fish" else "export {}={}"

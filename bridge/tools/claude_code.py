@@ -28,7 +28,7 @@ from bridge.model import (
     attribute_text,
 )
 from bridge.tools.claude_code_lines import TOOL, disjoint
-from bridge.tools.events import plain, timed, told
+from bridge.tools.events import called, plain, timed, told
 from bridge.tools.fields import MAX_COUNT, digest, nano_dollars, number_of, text_of
 from bridge.tools.tool import Quantity
 
@@ -343,9 +343,7 @@ def event_points(event: Event) -> list[DataPoint]:
         case "api_refusal":
             return [told(event, TOOL, "ai.refusals", "API requests that the model refused.", model="model")]
         case "tool_result":
-            name = {"tool_name": "tool_name"}
-            called = told(event, TOOL, "ai.tool.calls", "Tool calls, by outcome.", **name, success="success")
-            return [called, *timed(event, TOOL, "ai.tool.duration", "Tool calls, by duration.", **name)]
+            return called(event, TOOL)
         case "tool_decision":
             labels = {key: key for key in ("tool_name", "decision", "source")}
             return [told(event, TOOL, "ai.tool.decisions", "Permissions asked for, by decision.", **labels)]

@@ -113,16 +113,11 @@ _KIND = msgspec.json.Decoder(_Kind)
 _ITERATIONS = msgspec.json.Decoder(tuple[_Iteration, ...])
 
 
-def read_line(line: bytes, order: int) -> tuple[Usage, ...] | Drop:
+def _said(line: _Line, order: int) -> tuple[Usage, ...] | Drop:
     """What one line of a transcript says of API requests: mostly one Usage, more with advisors, none, or a refusal.
 
     `order` is the Usage's, and its time where the line has none.
     """
-    decoded = _decode(line)
-    return decoded if isinstance(decoded, Drop) else _said(decoded, order)
-
-
-def _said(line: _Line, order: int) -> tuple[Usage, ...] | Drop:
     record = _nested(line) if line.type == "progress" else line
     return _usages(record, order) if record.type in _RESPONSES else ()
 

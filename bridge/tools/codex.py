@@ -6,7 +6,7 @@ session; events have the thread's id as `conversation.id`, and no id of the resp
 
 from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Source, Usage, UsageCell, attribute_text
 from bridge.tools.codex_lines import TOOL, disjoint
-from bridge.tools.events import plain, timed, told
+from bridge.tools.events import called, plain, timed, told
 from bridge.tools.fields import digest, milliseconds, number_of, text_of
 from bridge.tools.tool import Quantity
 
@@ -92,9 +92,7 @@ def event_points(event: Event) -> list[DataPoint]:
         case "codex.sse_event":
             return _failed(event, is_failed=plain(event, "event.kind") == "response.failed")
         case "codex.tool_result":
-            name = {"tool_name": "tool_name"}
-            called = told(event, TOOL, "ai.tool.calls", "Tool calls, by outcome.", **name, success="success")
-            return [called, *timed(event, TOOL, "ai.tool.duration", "Tool calls, by duration.", **name)]
+            return called(event, TOOL)
         case "codex.tool_decision":
             labels = {key: key for key in ("tool_name", "decision", "source")}
             return [told(event, TOOL, "ai.tool.decisions", "Permissions asked for, by decision.", **labels)]

@@ -31,6 +31,13 @@ def timed(event: Event, tool: str, name: str, text: str, **labels: str) -> list[
     return [DataPoint(metric, _labels(event, tool, labels), event.time, event.time, value)]
 
 
+def called(event: Event, tool: str, name: str = "tool_name") -> list[DataPoint]:
+    """One call of a tool and how long it took; the attribute `name` names the tool."""
+    labels = {"tool_name": name}
+    count = told(event, tool, "ai.tool.calls", "Tool calls, by outcome.", **labels, success="success")
+    return [count, *timed(event, tool, "ai.tool.duration", "Tool calls, by duration.", **labels)]
+
+
 def _labels(event: Event, tool: str, labels: dict[str, str]) -> Attributes:
     found = {label: plain(event, key) for label, key in labels.items() if key in event.attributes}
     return tuple(sorted({**found, "tool": tool}.items()))

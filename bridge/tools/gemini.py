@@ -7,7 +7,7 @@ was read from a cache.
 """
 
 from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Source, Usage, UsageCell, attribute_text
-from bridge.tools.events import plain, timed, told
+from bridge.tools.events import called, plain, timed, told
 from bridge.tools.fields import MAX_COUNT, digest, number_of, text_of
 from bridge.tools.gemini_lines import TOOL, disjoint
 from bridge.tools.tool import Quantity
@@ -99,12 +99,10 @@ def event_points(event: Event) -> list[DataPoint]:
         case "chat.content_retry_failure":
             return [told(event, tool, "ai.retries.exhausted", "API requests given up.", model="model")]
         case "tool_call":
-            called = {"tool_name": "function_name"}
-            points = [told(event, tool, "ai.tool.calls", "Tool calls, by outcome.", **called, success="success")]
-            points += timed(event, tool, "ai.tool.duration", "Tool calls, by duration.", **called)
+            points = called(event, tool, "function_name")
             if "decision" in event.attributes:
-                text = "Permissions asked for, by decision."
-                points.append(told(event, tool, "ai.tool.decisions", text, **called, decision="decision"))
+                labels = {"tool_name": "function_name", "decision": "decision"}
+                points.append(told(event, tool, "ai.tool.decisions", "Permissions asked for, by decision.", **labels))
             return points
         case "chat_compression":
             return [told(event, tool, "ai.compactions", "Compactions of a context.")]
