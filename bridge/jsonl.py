@@ -55,28 +55,32 @@ class Lines:
             if not start:
                 self._hold(piece)
                 return
-            self._finish(piece[: start - 1], found)
-        begin, has_nuls = start, b"\0" in piece
-        while (newline := piece.find(b"\n", start)) >= 0:
-            if self._is_wanted(piece, start, newline):
-                line = piece[start:newline]
-                found.append(line if line[0] == _BRACE and not has_nuls else _clean(line))
-            start = newline + 1
-        self.offset += start - begin
-        self._hold(piece[start:])
+            self._finish(piece[:start], found)
+        end = self._take(piece, start, found)
+        self.offset += end - start
+        self._hold(piece[end:])
 
-    def _is_wanted(self, data: bytes, start: int, end: int) -> bool:
-        """Whether a line holds a key, and does not say before its first inner object that it is of another type."""
-        if self._types:
-            inner = data.find(b"{", start + 1, end)
-            type_at = data.find(_TYPE, start, end if inner < 0 else inner)
-            if type_at >= 0 and not data.startswith(self._types, type_at + len(_TYPE)):
-                return False
-        for key in self._keys:
-            at = data.rfind(key, start, end)
-            if at >= 0 and (data.startswith(b":", at + len(key)) or _has_key(data, key, start, end)):
-                return True
-        return False
+    def _take(self, data: bytes, start: int, found: list[bytes]) -> int:
+        """Take the wanted lines from `start` on; where the last line ends.
+
+        One that holds a key, and does not say before its first inner object that it is of another type.
+        """
+        find, rfind, startswith = data.find, data.rfind, data.startswith
+        types, has_nuls = self._types, b"\0" in data
+        while (newline := find(b"\n", start)) >= 0:
+            begin, start = start, newline + 1
+            if types:
+                inner = find(b"{", begin + 1, newline)
+                type_at = find(_TYPE, begin, newline if inner < 0 else inner)
+                if type_at >= 0 and not startswith(types, type_at + len(_TYPE)):
+                    continue
+            for key in self._keys:
+                at = rfind(key, begin, newline)
+                if at >= 0 and (startswith(b":", at + len(key)) or _has_key(data, key, begin, newline)):
+                    line = data[begin:newline]
+                    found.append(line if line[0] == _BRACE and not has_nuls else _clean(line))
+                    break
+        return start
 
     def _hold(self, part: bytes) -> None:
         self._held_size += len(part)
@@ -86,15 +90,13 @@ class Lines:
             self._held.append(part)
 
     def _finish(self, rest: bytes, found: list[bytes]) -> None:
-        """End the held line with what was missing of it."""
+        """End the held line with what was missing of it, its newline included."""
         size = self._held_size + len(rest)
-        if size > self._limit:
+        if size > self._limit + 1:
             self.too_long += 1
         else:
-            line = b"".join((*self._held, rest))
-            if self._is_wanted(line, 0, size):
-                found.append(_clean(line))
-        self.offset += size + 1
+            self._take(b"".join((*self._held, rest)), 0, found)
+        self.offset += size
         self._held.clear()
         self._held_size = 0
 
