@@ -7,7 +7,6 @@ flight be committed, checkpoint, exit, all within two seconds.
 
 import asyncio
 import contextlib
-import functools
 import gc
 import os
 import resource
@@ -38,7 +37,7 @@ from bridge.listeners import (
 )
 from bridge.mark import Mark, MarkUnreadable, checksum, read_mark
 from bridge.model import Usage
-from bridge.pricing import Prices, normalise_model
+from bridge.pricing import normalise_model
 from bridge.recovery import recover
 from bridge.store import (
     DATABASE,
@@ -365,14 +364,13 @@ async def _survey(ledger: Ledger, telemetry: Telemetry) -> None:
 
 def _lazy_price(config: Config) -> Callable[[Usage], int | None]:
     """Prices, read when a request needs one for the first time."""
-
-    @functools.cache
-    def prices() -> Prices:
-        return pricing.load(config.prices)
+    cost: Callable[[Usage], int | None] | None = None
 
     def price(usage: Usage) -> int | None:
-        cost = prices().cost(usage)
-        return None if cost is None else cost.total
+        nonlocal cost
+        if cost is None:
+            cost = pricing.load(config.prices).cost
+        return cost(usage)
 
     return price
 

@@ -245,17 +245,6 @@ class _Table(Struct, frozen=True):
     providers: dict[str, dict[str, _Entry]]
 
 
-class Cost(Struct, frozen=True, gc=False):
-    """What one request cost, in nano-dollars; the parts add up to `total`. `other`: web searches."""
-
-    total: int
-    input: int
-    output: int
-    cache_read: int
-    cache_write: int
-    other: int
-
-
 class _Rates(NamedTuple):
     """Prices as integers: 1/unit nano-dollars per token and per web search."""
 
@@ -309,23 +298,21 @@ class Prices:
         """The table of a JSON text, and the user's prices over it. Raises ValueError naming the key that is wrong."""
         return cls(msgspec.json.decode(text, type=_Table), _checked_overrides(overrides or {}))
 
-    def cost(self, usage: Usage) -> Cost | None:
-        """What the request cost by the table, whatever the tool says it did; None if nobody knows the model."""
-        rates = self._flat.get((usage.model, usage.speed, usage.geo, usage.tier))
+    def cost(self, usage: Usage) -> int | None:
+        """Nano-dollars of the request by the table, whatever the tool says; None if nobody knows the model."""
+        rates = self._flat.get((usage.model, usage.speed, usage.geo, usage.tier)) or self._rates(usage)
         if rates is None:
-            rates = self._rates(usage)
-            if rates is None:
-                return None
+            return None
         unit, per_input, per_output, per_read, per_write_5m, per_write_1h, per_search = rates
-        from_input = usage.input * per_input
-        from_output = usage.output * per_output
-        from_read = usage.cache_read * per_read
-        from_write = usage.cache_write_5m * per_write_5m + usage.cache_write_1h * per_write_1h
-        from_search = usage.web_searches * per_search
-        total = from_input + from_output + from_read + from_write + from_search
-        if unit == 1:
-            return Cost(total, from_input, from_output, from_read, from_write, from_search)
-        return _rounded(total, (from_input, from_output, from_read, from_write, from_search), unit)
+        cost = (
+            usage.input * per_input
+            + usage.output * per_output
+            + usage.cache_read * per_read
+            + usage.cache_write_5m * per_write_5m
+            + usage.cache_write_1h * per_write_1h
+            + usage.web_searches * per_search
+        )
+        return cost if unit == 1 else round(Fraction(cost, unit))  # half to even
 
     def _rates(self, usage: Usage) -> _Rates | None:
         key = (usage.model, usage.speed, usage.geo, usage.tier)
@@ -491,17 +478,6 @@ def _rates_of(prices: _Prices, factor: Fraction, provider: str) -> _Rates:
     rates = [*tokens, 1_000_000 * (WEB_SEARCHES if searches is None else searches)]
     unit = math.lcm(*(Fraction(rate).denominator for rate in rates))
     return _Rates(unit, *(int(rate * unit) for rate in rates))
-
-
-def _rounded(total: int, parts: tuple[int, ...], unit: int) -> Cost:
-    """The total half to even; what the parts lack after rounding down goes to those that lost most."""
-    whole, rest = divmod(total, unit)
-    whole += 2 * rest > unit or (2 * rest == unit and whole % 2)
-    rounded = [part // unit for part in parts]
-    by_loss = sorted(range(len(parts)), key=lambda index: -(parts[index] % unit))
-    for index in by_loss[: whole - sum(rounded)]:
-        rounded[index] += 1
-    return Cost(whole, *rounded)
 
 
 # --- The user's prices -----------------------------------------------------------------------------------------------

@@ -340,26 +340,30 @@ class UsageBooks:
         return UsageRow(0, *self._columns(usage, is_history=is_history))
 
     def _columns(self, usage: Usage, *, is_history: bool) -> Columns:
-        """The row of a request without its id: of history there are too many to make more of each than that."""
+        """The row of a request without its id: of history there are too many to make more of each than that, or to ask
+        a method for what is known."""
+        tool, name, project, user = usage.tool, usage.session, usage.project, usage.user
         cost, cost_source = usage.cost, _TOLD
         if cost is None:
             cost = self._price(usage)
             cost_source = _UNPRICED if cost is None else _PRICED
         if cost is not None and cost > MAX_INTEGER:
             cost = MAX_INTEGER
-        name = redacted_text(usage.session) if self._hides_sessions and usage.session else usage.session
-        session = self._session(usage.tool, name)
-        project = self._label(usage.project)
-        if project and session.project is None and not is_history and not self._hides_sessions:
-            self._write_session(session._replace(project=project))
+        if self._hides_sessions and name:
+            name = redacted_text(name)
+        session = self._sessions.get((tool, name)) or self._session(tool, name)
+        model = self._model_ids.get((tool, usage.model)) or self._model(tool, usage.model)
+        label = self._labels.get(project) or self._label(project)
+        if label and session.project is None and not is_history and not self._hides_sessions:
+            self._write_session(session._replace(project=label))
         request = _request_key(usage.request_id) if usage.request_id else None
         key = usage.message + usage.key[:8] if usage.message else usage.key
         # Flags and the source as plain integers: SQLite's module looks for an adapter of any other type.
         return (
-            key, int(usage.source), session.id, self._model(usage.tool, usage.model), usage.time_ms, usage.input,
+            key, int(usage.source), session.id, model, usage.time_ms, usage.input,
             usage.output, usage.cache_read, usage.cache_write_5m, usage.cache_write_1h, request, usage.order,
-            int(usage.is_sidechain), int(is_history), 1, usage.output, cost, cost_source, usage.duration_ms,
-            project, self._label(usage.user), usage.revision,
+            1 if usage.is_sidechain else 0, 1 if is_history else 0, 1, usage.output, cost, cost_source,
+            usage.duration_ms, label, self._label(user) if user else None, usage.revision,
         )  # fmt: skip
 
     def _judge(self, row: UsageRow, before: UsageRow | None) -> None:

@@ -52,8 +52,7 @@ PRICES = pricing.load()
 
 def price(usage: object) -> int | None:
     assert isinstance(usage, Usage)
-    cost = PRICES.cost(usage)
-    return None if cost is None else cost.total
+    return PRICES.cost(usage)
 
 
 async def post(bridge: Following, file: Path) -> None:

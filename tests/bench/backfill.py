@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge import pricing, reading
-from bridge.model import Usage
 from bridge.pricing import normalise_model
 from bridge.store import Store
 from bridge.tools import known
@@ -187,16 +186,10 @@ def profile(tree: Path) -> None:
                 chunks.append(reading.read_old(TRANSCRIPTS, row))
                 row = chunks[-1].row
 
-    prices = pricing.load({})
-
-    def cost(usage: Usage) -> int | None:
-        found = prices.cost(usage)
-        return None if found is None else found.total
-
     with tempfile.TemporaryDirectory() as directory:
         store = Store(Path(directory))
         store.open(START_MS)
-        books = UsageBooks(store, cost, normalise_model, known.REPORTING)
+        books = UsageBooks(store, pricing.load({}).cost, normalise_model, known.REPORTING)
         books.load()
 
         def write() -> None:
