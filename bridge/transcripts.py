@@ -52,7 +52,7 @@ SCAN_SECONDS = 600.0
 """Between the scans that find what no event told; POLL_SECONDS where there are no events."""
 POLL_SECONDS = 2.0
 ROOT_SECONDS = 1.0
-BATCH = 16 * 2**20
+BATCH = 32 * 2**20
 """Bytes of history that are committed together, of at most BATCH_FILES files."""
 BATCH_FILES = 256
 PROCESS_BYTES = 64 * 2**20
