@@ -245,20 +245,21 @@ def worth(cell: Cell, *, reports_cost: bool = True) -> Worth:
     """The larger of both sums for each kind of token; the cost of one side and that of the tokens beyond it.
 
     With `reports_cost` the metrics' cost is the tool's own, and requests add what exceeds the metrics. Without, the
-    metrics' cost is an estimate of their sums: then the requests' stands, and metrics add what exceeds the requests.
+    metrics' cost is an estimate of their sums: then, as where they tell of none, the requests' stands, and metrics add
+    what exceeds the requests.
     """
     requests, metrics = cell.requests, cell.metrics
     read, written = max(requests[2], metrics[2]), max(requests[3], metrics[3])
     if cell.prompt:  # its rest is new
         metrics = (max(metrics[0], cell.prompt - read - written), *metrics[1:])
     tokens = (max(requests[0], metrics[0]), max(requests[1], metrics[1]), read, written)
-    if reports_cost:
+    if reports_cost and (cell.metrics_cost or not any(metrics)):
         estimate = cell.estimated_cost, cell.estimated_weight
         extra = _beyond(tokens, metrics, cell.metrics_cost, requests, cell.requests_cost, estimate)
-        untold = 0 if cell.metrics_cost else sum(metrics)  # a client whose cost metric is switched off
-        return Worth(tokens, cell.metrics_cost + extra, untold + min(cell.unpriced, sum(tokens) - sum(metrics)))
+        return Worth(tokens, cell.metrics_cost + extra, min(cell.unpriced, sum(tokens) - sum(metrics)))
     extra = _beyond(tokens, requests, cell.requests_cost, metrics, cell.metrics_cost)
-    unpriced = min(max(0, cell.metrics_unpriced - cell.unpriced), sum(tokens) - sum(requests))
+    metrics_unpriced = sum(metrics) if reports_cost else cell.metrics_unpriced
+    unpriced = min(max(0, metrics_unpriced - cell.unpriced), sum(tokens) - sum(requests))
     return Worth(tokens, cell.requests_cost + extra, cell.unpriced + unpriced)
 
 

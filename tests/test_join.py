@@ -225,10 +225,9 @@ def test_worth_is_never_below_a_source(cell: Cell, reports_cost: bool) -> None:
 @given(CELLS | PROMPTS, COUNT, COUNT, st.booleans())
 def test_worth_is_monotone_in_cost(cell: Cell, requests: int, metrics: int, reports_cost: bool) -> None:
     cost = worth(cell, reports_cost=reports_cost).cost
-    more = (
-        cell._replace(requests_cost=cell.requests_cost + requests),
-        cell._replace(metrics_cost=cell.metrics_cost + metrics),
-    )
+    more = [cell._replace(requests_cost=cell.requests_cost + requests)]
+    if cell.metrics_cost or not reports_cost:  # once told, the tool's own stands for what the requests said until then
+        more.append(cell._replace(metrics_cost=cell.metrics_cost + metrics))
     assert all(worth(one, reports_cost=reports_cost).cost >= cost for one in more)
 
 
@@ -243,6 +242,17 @@ def test_a_source_alone_is_worth_what_it_says(cell: Cell, reports_cost: bool) ->
 def test_tokens_whose_cost_the_tool_never_told_are_visible() -> None:
     assert worth(Cell(metrics=(1, 2, 3, 4))) == Worth((1, 2, 3, 4), 0, 10)
     assert worth(Cell(metrics=(1, 2, 3, 4), metrics_cost=5)) == Worth((1, 2, 3, 4), 5, 0)
+
+
+def test_where_metrics_tell_no_cost_the_requests_do() -> None:
+    """As of a client whose cost metric is switched off, or of a model that has a price in the bridge alone."""
+    tokens = (10, 200, 3000, 400)
+    metrics, priced = Cell(metrics=tokens), request_cell(tokens, 700, is_estimated=True)
+    assert worth(add_cells(metrics, priced)) == Worth(tokens, 700, 0)
+    twice = add_cells(metrics, metrics)
+    assert worth(add_cells(twice, priced)) == Worth((20, 400, 6000, 800), 700, sum(tokens))
+    assert worth(add_cells(metrics, request_cell(tokens, None, is_estimated=False))) == Worth(tokens, 0, sum(tokens))
+    assert worth(add_cells(priced, add_cells(metrics, priced))) == Worth((20, 400, 6000, 800), 1400, 0)
 
 
 def test_prompts_are_divided_by_what_is_known_of_them() -> None:
