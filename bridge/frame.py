@@ -1,9 +1,10 @@
 """The frame of a metrics export: protobuf's own parser cuts it up, and what repeats in it stays bytes.
 
 An export repeats nearly all of the one before it; of most points only start, time and value are new. The messages
-here have the wire format of OTLP's, but for three places that stay bytes, to be looked up before they are decoded:
-resources, scopes and the points of sums. Everything else is parsed, and checked, as OTLP's messages are; a field that
-was sent twice is merged as protobuf does it, because bytes that stand one after the other are merged when parsed.
+here have the wire format of OTLP's, but for four places that stay bytes, to be looked up before they are decoded:
+resources, scopes, the points of sums and, in a message of its own, a point's attributes. Everything else is parsed,
+and checked, as OTLP's messages are; a field that was sent twice is merged as protobuf does it, because bytes that
+stand one after the other are merged when parsed.
 """
 
 from typing import Any
@@ -44,11 +45,20 @@ _MESSAGES: dict[str, tuple[tuple[int, str, Any, str], ...]] = {
         (2, "aggregation_temporality", _Field.TYPE_ENUM, f"{_OTLP}.metrics.v1.AggregationTemporality"),
         (3, "is_monotonic", _Field.TYPE_BOOL, ""),
     ),
+    "NumberDataPoint": (
+        (2, "start_time_unix_nano", _Field.TYPE_FIXED64, ""),
+        (3, "time_unix_nano", _Field.TYPE_FIXED64, ""),
+        (4, "as_double", _Field.TYPE_DOUBLE, "|"),
+        (5, "exemplars", _Field.TYPE_MESSAGE, f"{_OTLP}.metrics.v1.Exemplar*"),
+        (6, "as_int", _Field.TYPE_SFIXED64, "|"),
+        (7, "attributes", _Field.TYPE_BYTES, "*"),
+        (8, "flags", _Field.TYPE_UINT32, ""),
+    ),
 }
-"""Number, name, type and type name of each field; `*` is repeated, `|` one of the alternatives of `data`."""
+"""Number, name, type and type name of each field; `*` is repeated, `|` one of the alternatives of `data` or `value`."""
 
 
-def _make_request() -> type[Message]:
+def _make_messages() -> tuple[type[Message], type[Message]]:
     file = FileDescriptorProto(name="bridge/frame.proto", package=_FRAME[1:], syntax="proto3")
     common = metrics_pb2.DESCRIPTOR.dependencies
     file.dependency.extend([metrics_pb2.DESCRIPTOR.name, *(dependency.name for dependency in common)])
@@ -61,12 +71,17 @@ def _make_request() -> type[Message]:
                 field.type_name = plain
             if type_name.endswith("|"):
                 if not message.oneof_decl:
-                    message.oneof_decl.add(name="data")
+                    message.oneof_decl.add(name="value" if message_name == "NumberDataPoint" else "data")
                 field.oneof_index = 0
     pool = descriptor_pool.Default()
     pool.AddSerializedFile(file.SerializeToString())
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_FRAME[1:]}.ExportMetricsServiceRequest"))
+    request, point = (
+        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_FRAME[1:]}.{name}"))
+        for name in ("ExportMetricsServiceRequest", "NumberDataPoint")
+    )
+    return request, point
 
 
-MetricsRequest = _make_request()
-"""An ExportMetricsServiceRequest whose resources, scopes and points of sums are bytes."""
+MetricsRequest, NumberPoint = _make_messages()
+"""An ExportMetricsServiceRequest whose resources, scopes and points of sums are bytes; and a NumberDataPoint whose
+attributes are."""

@@ -37,11 +37,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
-from opentelemetry.proto.common.v1.common_pb2 import InstrumentationScope
+from opentelemetry.proto.common.v1.common_pb2 import InstrumentationScope, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import NumberDataPoint
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource as PbResource
 
-from bridge.frame import MetricsRequest
+from bridge.frame import MetricsRequest, NumberPoint
 from bridge.model import (
     Attributes,
     AttributeValue,
@@ -178,15 +178,26 @@ class Known:
 
     def __init__(self) -> None:
         self.attributes: dict[bytes, Attributes] = {}
+        self.pairs: dict[bytes, tuple[str, AttributeValue]] = {}
         self.resources: dict[bytes, _KnownResource] = {}
         self._pairs: dict[tuple[str, AttributeValue], tuple[str, AttributeValue]] = {}
         self._size = 0
 
     def note_attributes(self, raw: bytes, attributes: Attributes) -> Attributes:
-        """Remember what some bytes mean; the attributes, sharing what is known of them."""
+        """Remember what some bytes mean."""
         self._take(len(raw))
-        shared = self.attributes[raw] = tuple([self._pairs.setdefault(pair, pair) for pair in attributes])
-        return shared
+        self.attributes[raw] = attributes
+        return attributes
+
+    def share(self, attributes: Attributes) -> Attributes:
+        """The same attributes, sharing what is known of them."""
+        return tuple([self._pairs.setdefault(pair, pair) for pair in attributes])
+
+    def note_pair(self, raw: bytes, pair: tuple[str, AttributeValue]) -> tuple[str, AttributeValue]:
+        """Remember what the bytes of one attribute mean; the points of a session differ in one or two."""
+        self._take(len(raw))
+        noted = self.pairs[raw] = self._pairs.setdefault(pair, pair)
+        return noted
 
     def note_resource(self, raw: bytes, resource: Resource) -> _KnownResource:
         """Remember what the bytes of a resource mean."""
@@ -209,6 +220,7 @@ class Known:
         self._size += size + KNOWN_OVERHEAD
         if self._size > MAX_KNOWN:
             self.attributes.clear()
+            self.pairs.clear()
             self.resources.clear()
             self._pairs.clear()
             self._size = size
@@ -319,33 +331,41 @@ def _protobuf_sum(
         metric = Metric(key[0], kind, temporality, key[2], key[1], sender.scope, sender.resource)
         known.note_metric(sender, key, metric)
     for raw in data.data_points:
-        tail = raw[_HEAD:]
-        attributes = known.attributes.get(tail)
-        has_head = len(raw) >= _HEAD and raw[0] == _START_TAG and raw[9] == _TIME_TAG and raw[18] in _HEADS
-        if has_head and attributes is not None:
+        attributes = None
+        if len(raw) >= _HEAD and raw[0] == _START_TAG and raw[9] == _TIME_TAG and raw[18] in _HEADS:
+            tail = raw[_HEAD:]
+            attributes = known.attributes.get(tail)
+            if attributes is None and len(raw) <= MAX_KNOWN_POINT:
+                attributes = _known_attributes(tail, content_keys, known)
+        if attributes is None:
+            yield _protobuf_point(metric, NumberDataPoint.FromString(raw), content_keys)
+        else:
             start, time, value = _HEADS[raw[18]].unpack_from(raw)
             yield metric, attributes, start, time, value, None
-        else:
-            decoded = _protobuf_point(metric, NumberDataPoint.FromString(raw), content_keys)
-            if has_head and len(raw) <= MAX_KNOWN_POINT and _adds_attributes_alone(tail):
-                decoded = (metric, known.note_attributes(tail, decoded[1]), *decoded[2:])
-            yield decoded
 
 
 _START_TAG, _TIME_TAG = 0x11, 0x19
 _HEADS = {0x21: struct.Struct("<xQxQxd"), 0x31: struct.Struct("<xQxQxq")}
 """Start, time and value as every known encoder writes them, by the tag of the value: as_double and as_int."""
 _HEAD = 27
-_ANY_HEAD = NumberDataPoint(start_time_unix_nano=1, time_unix_nano=1, as_double=1.0)
+_ANY_HEAD = NumberDataPoint(start_time_unix_nano=1, time_unix_nano=1, as_double=1.0).SerializeToString()
 
 
-def _adds_attributes_alone(tail: bytes) -> bool:
-    """Whether bytes that follow a point's start, time and value leave these as they are, and mean attributes alone."""
-    point = NumberDataPoint.FromString(_ANY_HEAD.SerializeToString() + tail)
-    if point.exemplars or point.flags & NO_RECORDED_VALUE:
-        return False
+def _known_attributes(tail: bytes, content_keys: Set[str], known: Known) -> Attributes | None:
+    """What bytes mean that follow a point's start, time and value, from now on known; None where they change these, or
+    mean more than attributes."""
+    point: Any = NumberPoint.FromString(_ANY_HEAD + tail)
     head = (point.start_time_unix_nano, point.time_unix_nano, point.WhichOneof("value"), point.as_double)
-    return head == (1, 1, "as_double", 1.0)
+    if point.exemplars or point.flags & NO_RECORDED_VALUE or head != (1, 1, "as_double", 1.0):
+        return None
+    found: dict[str, tuple[str, AttributeValue]] = {}
+    for raw in point.attributes:
+        pair = known.pairs.get(raw)
+        if pair is None:
+            ((key, value),) = _protobuf_attributes([KeyValue.FromString(raw)], content_keys)
+            pair = known.note_pair(raw, (key, value))
+        found[pair[0]] = pair
+    return known.note_attributes(tail, tuple(sorted(found.values())))
 
 
 def _protobuf_point(metric: Metric, point: Any, content_keys: Set[str]) -> _RawPoint:
@@ -517,7 +537,7 @@ def _json_sum(
             if attributes is None:
                 attributes = _json_attributes(msgspec.json.decode(raw), content_keys)
                 if len(raw) <= MAX_KNOWN_POINT:
-                    attributes = known.note_attributes(raw, attributes)
+                    attributes = known.note_attributes(raw, known.share(attributes))
             yield _json_point(metric, attributes, point)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             yield metric, (), 0, 0, Drop.MALFORMED, None

@@ -6,6 +6,7 @@ Bodies are put together from bytes, so that fields come in any order, twice, at 
 import json
 import struct
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -111,10 +112,11 @@ def by_library(body: bytes) -> tuple[list[Plain], int]:
                         without += 1
                         continue
                     value = None if point.flags & 1 else getattr(point, which or "as_int")
-                    keys = {item.key for item in point.attributes}
+                    texts = {item.key: item.value.string_value for item in point.attributes}
+                    texts |= {"prompt": ""} if "prompt" in texts else {}
                     times = (point.start_time_unix_nano, point.time_unix_nano)
                     found.append(
-                        (*named, shape, keys, *times, value, any(e.WhichOneof("value") for e in point.exemplars[:1]))
+                        (*named, shape, texts, *times, value, any(e.WhichOneof("value") for e in point.exemplars[:1]))
                     )
     return found, without
 
@@ -129,8 +131,9 @@ def _plain(point: DataPoint) -> Plain:
     sender = {key: value if isinstance(value, str) else "" for key, value in metric.resource.attributes}
     shape = None if metric.kind.value == "gauge" else (metric.temporality.value, metric.kind.value == "counter")
     named = (sender, metric.scope.name, metric.scope.version, metric.name, metric.unit, metric.description)
-    keys = {key for key, _ in point.attributes}
-    return (*named, shape, keys, point.start, point.time, point.value, point.exemplar is not None)
+    assert [*point.attributes] == sorted(point.attributes, key=itemgetter(0))
+    texts = {key: value if isinstance(value, str) else "" for key, value in point.attributes}
+    return (*named, shape, texts, point.start, point.time, point.value, point.exemplar is not None)
 
 
 def _known_shape(expected: list[Plain]) -> list[Plain]:
