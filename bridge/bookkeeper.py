@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,6 +19,7 @@ from msgspec.structs import replace
 from bridge.mark import Mark
 from bridge.model import (
     Attributes,
+    AttributeValue,
     Batch,
     DataPoint,
     Drop,
@@ -34,7 +36,6 @@ from bridge.model import (
     UsageCell,
     Value,
     attribute_text,
-    shared,
 )
 from bridge.otlp import REDACTED
 from bridge.store import (
@@ -58,7 +59,9 @@ MAX_CACHED = 60_000
 MAX_CACHED_TEXT = 16_384
 """Characters of a metric's and its resource's texts beyond which it is worked out anew each time."""
 MAX_CACHED_ATTRIBUTES = 2_048
-"""Characters of a point's attributes beyond which its stream is looked up by a digest of them each time."""
+"""Bytes of a point's attributes beyond which its stream is looked up by a digest of them each time."""
+MAX_LABELS = 2**14
+"""Attributes that the writer remembers as labels."""
 MAX_INTEGER = 2**63 - 1
 MAX_TARGETS = 1_000
 MAX_UNIT = 64
@@ -176,6 +179,7 @@ class _Books(msgspec.Struct):
     metrics: list[MetricRow] = []
     exemplars: dict[int, Exemplar] = {}
     limited: Counter[str] = msgspec.field(default_factory=Counter)
+    new_writers: set[int] = set()
     new_series: Counter[int] = msgspec.field(default_factory=Counter)
     new_of_source: Counter[str] = msgspec.field(default_factory=Counter)
 
@@ -219,6 +223,7 @@ class Bookkeeper:
     def _clear(self) -> None:
         self._origins: dict[tuple[str, Metric], _Origin] = {}
         self._streams: dict[bytes, _Stream] = {}
+        self._labels_of: dict[tuple[str, AttributeValue], tuple[str, str]] = {}
         self._series: dict[int, SeriesRow] = {}
         self._writers: dict[int, WriterRow] = {}
         self._writer_ids: dict[tuple[str, ...], int] = {}
@@ -504,12 +509,13 @@ class Bookkeeper:
 
     def _return(self, origin: _Origin, stream: _Stream, row: SeriesRow) -> SeriesRow:
         """A series that had left comes back as a new counter; above a limit, its stream feeds the overflow series."""
-        if self._limit_met(origin) is None:
+        setting = self._limit_met(origin)
+        if setting is None:
             self._books.new_series[origin.row.id] += 1
             self._books.new_of_source[origin.source] += 1
             row = replace(row, base=row.value or 0, born=self._commits + 1, birth=self._now)
             return self._store.restart_series(row)
-        series = self._overflow_of(origin)
+        series = self._overflow_of(origin, setting)
         self._store.move_stream(stream.id, series, stream.labelled)
         stream.series = series
         return self._series_row(series)
@@ -571,7 +577,7 @@ class Bookkeeper:
         resource = metric.resource
         namespace, name = resource.get("service.namespace"), resource.get("service.name")
         instance = resource.get("service.instance.id")
-        shown = self._shown(resource.attributes)
+        shown = dict(self._shown(resource.attributes).values())
         parts = [shown[key] for key in ("service.namespace", "service.name") if shown.get(key)]
         job, shown_instance = self._cut("/".join(parts)), shown.get("service.instance.id", "")
         quantity = known.quantity(metric)
@@ -622,8 +628,6 @@ class Bookkeeper:
         stream = origin.streams.get(point.attributes)
         if stream is None:
             stream = self._find_stream(origin, point)
-            if _length(point.attributes) <= MAX_CACHED_ATTRIBUTES:
-                origin.streams[point.attributes] = stream
         if stream.labelled != origin.labelled:
             stream.series, stream.labelled = self._find_series(origin, point.attributes), origin.labelled
             self._store.move_stream(stream.id, stream.series, stream.labelled)
@@ -631,41 +635,54 @@ class Bookkeeper:
 
     def _find_stream(self, origin: _Origin, point: DataPoint) -> _Stream:
         hasher = origin.identity.copy()
-        hasher.update(msgspec.msgpack.encode(point.attributes))
+        encoded = msgspec.msgpack.encode(point.attributes)
+        hasher.update(encoded)
         key: bytes = hasher.digest()
         stream = self._streams.get(key)
         if stream is None:
-            row = self._store.stream(key) or self._add_stream(key, origin, point)
+            whose = _whose(origin, point.attributes)
+            # What nobody has written until now is hardly there; where it is nevertheless, as after other settings,
+            # adding it finds that out.
+            is_new = self._writer_ids.get(whose) in self._books.new_writers
+            row = None if is_new else self._store.stream(key)
+            if row is None:
+                row = self._add_stream(key, origin, point.attributes, whose, is_new=is_new)
             total = claude_code.total_key(point.metric.name, point.attributes) if origin.scale else None
             cell = known.usage_cell(point.metric, point.attributes)
             stream = self._streams[key] = _Stream(*row, total, cell)
+        if len(encoded) <= MAX_CACHED_ATTRIBUTES:
+            origin.streams[point.attributes] = stream
         return stream
 
-    def _add_stream(self, key: bytes, origin: _Origin, point: DataPoint) -> StreamRow:
-        session = next((attribute_text(value) for name, value in point.attributes if name == "session.id"), "")
-        writer = 0
-        if session or origin.instance:
-            whose = (origin.job, origin.instance, session, *([origin.source] if origin.source else []))
-            writer = self._writer_ids.get(whose) or self._writer_id(whose)
-        return self._store.add_stream(key, self._find_series(origin, point.attributes), writer, origin.labelled)
+    def _add_stream(
+        self, key: bytes, origin: _Origin, attributes: Attributes, whose: tuple[str, ...], *, is_new: bool
+    ) -> StreamRow:
+        writer = (self._writer_ids.get(whose) or self._writer_id(whose)) if whose else 0
+        series = self._find_series(origin, attributes, is_new=is_new)
+        return self._store.add_stream(key, series, writer, origin.labelled)
 
     def _writer_id(self, whose: tuple[str, ...]) -> int:
         """The writer with this identity, made if there is none."""
-        row = self._store.writer(_digest(whose), self._now)
+        row, is_new = self._store.writer(_digest(whose), self._now)
         self._writers.setdefault(row.id, row)
         self._writer_ids[whose] = row.id
+        if is_new:
+            self._books.new_writers.add(row.id)
         return row.id
 
-    def _find_series(self, origin: _Origin, attributes: Attributes) -> int:
+    def _find_series(self, origin: _Origin, attributes: Attributes, *, is_new: bool = False) -> int:
         """The series of these labels, made if there is none; above a limit, the metric's overflow series."""
-        return self._series_of(origin, origin.job, origin.instance, self._labels(origin, attributes), is_limited=True)
+        setting = self._limit_met(origin)
+        labels = self._labels(origin, attributes)
+        return self._series_of(origin, origin.job, origin.instance, labels, setting, is_new=is_new)
 
-    def _overflow_of(self, origin: _Origin) -> int:
-        """The series that takes what is above a limit: one a metric and source."""
+    def _overflow_of(self, origin: _Origin, setting: str) -> int:
+        """The series that takes what is above the limit of a setting: one a metric and source."""
+        self._books.limited[setting] += 1
         return self._series_of(origin, "", "", tuple(sorted([*_label_of(origin.source), *OVERFLOW])))
 
     def _limit_met(self, origin: _Origin) -> str | None:
-        """The setting that forbids one more series of a metric and source, counted; None when there is room."""
+        """The setting that forbids one more series of a metric and source; None when there is room."""
         metric, source = origin.row.id, origin.source
         of_metric, of_source, in_all = self._live(metric, source)
         new, settings = self._books.new_series, self._settings
@@ -676,54 +693,81 @@ class Bookkeeper:
             (of_source + new_of_source if source else -1, "limits.series_per_source", settings.max_series_per_source),
         ):
             if count >= most:
-                self._books.limited[setting] += 1
                 return setting
         return None
 
     def _series_of(
-        self, origin: _Origin, job: str, instance: str, labels: tuple[tuple[str, str], ...], *, is_limited: bool = False
-    ) -> int:
+        self, origin: _Origin, job: str, instance: str, labels: tuple[tuple[str, str], ...], setting: str | None = None,
+        *, is_new: bool = False,
+    ) -> int:  # fmt: skip
+        """The series of these labels, made if there is none and no `setting` forbids it; `is_new` when there is
+        hardly one."""
         metric = origin.row
         key = _digest((metric.id, job, instance, labels))
-        row = self._store.series(key)
-        if row is None and is_limited and self._limit_met(origin) is not None:
-            return self._overflow_of(origin)
+        row = None if is_new and setting is None else self._store.series(key)
+        if row is None and setting is not None:
+            return self._overflow_of(origin, setting)
         if row is None:
-            expires = bool(instance) or any(known.is_of_a_session(name, text) for name, text in labels)
-            born, now = self._commits + 1, self._now
-            new = SeriesRow(0, metric.id, job, instance, labels, expires, 0, born, now, 0, 0, now)
-            if self._was_shown(metric, new):
-                new = replace(new, born=0)
-            row = self._store.add_series(key, new)
-            self._books.new_series[metric.id] += 1
-            self._books.new_of_source[source_of(row)] += 1
-            self._books.series[row.id] = row
+            row = self._add_series(key, origin, job, instance, labels)
         self._series.setdefault(row.id, row)
         return row.id
+
+    def _add_series(
+        self, key: bytes, origin: _Origin, job: str, instance: str, labels: tuple[tuple[str, str], ...]
+    ) -> SeriesRow:  # fmt: skip
+        metric, now = origin.row, self._now
+        expires = bool(instance) or any(starmap(known.is_of_a_session, labels))
+        new = SeriesRow(0, metric.id, job, instance, labels, expires, 0, self._commits + 1, now, 0, 0, now)
+        if self._was_shown(metric, new):
+            new = replace(new, born=0)
+        row, is_new = self._store.add_series(key, new)
+        if is_new:
+            self._books.new_series[metric.id] += 1
+            self._books.new_of_source[origin.source] += 1
+            self._books.series[row.id] = row
+        return row
 
     def _labels(self, origin: _Origin, attributes: Attributes) -> tuple[tuple[str, str], ...]:
         """The labels of a point: its own attributes, and what its resource and scope add where they have none."""
         labels = self._shown(attributes)
-        for key, text in origin.added:
-            labels.setdefault(key, text)
-        return shared(sorted([*labels.items(), *_label_of(origin.source)]))
+        for pair in origin.added:
+            labels.setdefault(pair[0], pair)
+        return tuple(sorted([*labels.values(), *_label_of(origin.source)]))
 
-    def _shown(self, attributes: Attributes) -> dict[str, str]:
-        """What of some attributes may be shown, in OTLP's spelling, and how long."""
-        settings = self._settings
-        most = settings.max_label_length
-        shown: dict[str, str] = {}
-        for key, value in attributes:
-            if key in settings.dropped or key == SOURCE or _is_redacted(value):
+    def _shown(self, attributes: Attributes) -> dict[str, tuple[str, str]]:
+        """What of some attributes may be shown, in OTLP's spelling, and how long; by its name."""
+        most = self._settings.max_attributes
+        shown: dict[str, tuple[str, str]] = {}
+        for attribute in attributes:
+            label = self._labels_of.get(attribute)
+            if label is None and self._is_hidden(attribute):
                 continue
-            if len(shown) >= settings.max_attributes:
+            if len(shown) >= most:
                 self._books.limited["limits.attributes"] += 1
                 break
-            text = attribute_text(value)
-            if key in settings.hashed:
-                text = blake2b(text.encode(), digest_size=8, key=self._secret).hexdigest()
-            shown[key if len(key) <= most else self._cut(key)] = text if len(text) <= most else self._cut(text)
+            if label is None:
+                label = self._label(attribute)
+            shown[label[0]] = label
         return shown
+
+    def _is_hidden(self, attribute: tuple[str, AttributeValue]) -> bool:
+        key, value = attribute
+        return key in self._settings.dropped or key == SOURCE or _is_redacted(value)
+
+    def _label(self, attribute: tuple[str, AttributeValue]) -> tuple[str, str]:
+        """An attribute as it is shown, which the series of a session share; what was cut is counted each time."""
+        key, value = attribute
+        text = attribute_text(value)
+        if key in self._settings.hashed:
+            text = blake2b(text.encode(), digest_size=8, key=self._secret).hexdigest()
+        label = (self._cut(key), self._cut(text))
+        if label == attribute:
+            label = attribute  # one object less
+        if label == (key, text):
+            if len(self._labels_of) >= MAX_LABELS:
+                self._labels_of.clear()
+            self._labels_of[attribute] = label
+        return label
 
     def _cut(self, text: str) -> str:
         """Text of at most the limit; what was longer ends in a digest, so that different texts stay different."""
@@ -738,6 +782,14 @@ class Bookkeeper:
         if row is None:
             row = self._series[series] = self._store.series_by_id(series)
         return row
+
+
+def _whose(origin: _Origin, attributes: Attributes) -> tuple[str, ...]:
+    """Who writes a stream: a session or a service instance; empty for nobody."""
+    session = attribute_text(dict(attributes).get("session.id", ""))
+    if not session and not origin.instance:
+        return ()
+    return origin.job, origin.instance, session, *([origin.source] if origin.source else [])
 
 
 def source_of(row: SeriesRow) -> str:

@@ -939,8 +939,11 @@ class Store:
         return row and StreamRow(*row)
 
     def add_stream(self, key: bytes, series: int, writer: int, labelled: bytes) -> StreamRow:
-        sql = "insert into stream (key, series, writer, labelled) values (?, ?, ?, ?)"
-        return StreamRow(_rowid(self.execute(sql, (key, series, writer, labelled))), series, writer, labelled)
+        """Insert a stream; the one of this key, if there is one already."""
+        sql = "insert into stream (key, series, writer, labelled) values (?, ?, ?, ?) on conflict do nothing"
+        cursor = self.execute(sql, (key, series, writer, labelled))
+        known = None if cursor.rowcount else self.stream(key)
+        return known or StreamRow(_rowid(cursor), series, writer, labelled)
 
     def move_stream(self, stream: int, series: int, labelled: bytes) -> None:
         self.execute("update stream set series = ?, labelled = ? where id = ?", (series, labelled, stream))
@@ -953,18 +956,22 @@ class Store:
         row = self.execute(f"{_SERIES} where series.id = ?", (series,)).fetchone()
         return _series_row(row[:-2])
 
-    def add_series(self, key: bytes, row: SeriesRow) -> SeriesRow:
-        """Insert what stays of a series, with an id of its own; its value is written by `write_series`."""
+    def add_series(self, key: bytes, row: SeriesRow) -> tuple[SeriesRow, bool]:
+        """Insert what stays of a series, with an id of its own; its value is written by `write_series`. The one of
+        this key, if there is one already; and whether it is new."""
         labels, fixed = msgspec.json.encode(row.labels).decode(), proof(_fixed(row))
         cursor = self.execute(
             "insert into series (key, metric, job, instance, labels, expires, base, born, birth, proof)"
-            " values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict do nothing",
             (
-                key, row.metric, row.job, row.instance, labels, row.expires, _stored(row.base), row.born, row.birth,
-                fixed,
+                key, row.metric, row.job, row.instance, labels, int(row.expires), _stored(row.base), row.born,
+                row.birth, fixed,
             ),
         )  # fmt: skip
-        return msgspec.structs.replace(row, id=_rowid(cursor), fixed=fixed)
+        known = None if cursor.rowcount else self.series(key)
+        if known is not None:
+            return known, False
+        return msgspec.structs.replace(row, id=_rowid(cursor), fixed=fixed), True
 
     def restart_series(self, row: SeriesRow) -> SeriesRow:
         """Update what changes when a series comes back; its value is written by `write_series`."""
@@ -995,15 +1002,15 @@ class Store:
 
     # --- identities ---
 
-    def writer(self, key: bytes, seen: int) -> WriterRow:
-        """The writer of this key, made if there is none."""
+    def writer(self, key: bytes, seen: int) -> tuple[WriterRow, bool]:
+        """The writer of this key, made if there is none, and whether it was."""
         row = self.execute("select id, latest, forgotten from writer where key = ?", (key,)).fetchone()
         if row:
-            return WriterRow(*row)
+            return WriterRow(*row), False
         cursor = self.execute(
             "insert into writer (key, latest, forgotten, seen) values (?, 0, -1, ?)", (key, seen)
         )  # fmt: skip
-        return WriterRow(_rowid(cursor), 0, -1)
+        return WriterRow(_rowid(cursor), 0, -1), True
 
     def writer_by_id(self, writer: int) -> WriterRow:
         return WriterRow(

@@ -5,6 +5,7 @@ on the way is its `Fate`.
 """
 
 import asyncio
+import sqlite3
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import MAX_GROUP, MAX_PART, Ledger
 from bridge.model import Batch, DataPoint, Drop, Kind, Metric, Receipt, Resource, Scope, Temporality
-from bridge.store import StoreUnavailable
+from bridge.store import DATABASE, StoreUnavailable
 from tests.test_cases import SECOND, Body, Rig, value_of
 from tests.test_store import io_error, watched
 
@@ -456,6 +457,32 @@ def test_series_are_bounded_whatever_varies() -> None:
         values = [value_of(row) for row in bridge.rig.ledger.rows()]
         assert len(values) == 11
         assert sum(values) == bridge.totals["tokens.input"] == 60
+
+
+def test_streams_of_a_new_writer_may_be_known() -> None:
+    """A setting that names service instances anew makes new writers, and series, of old streams."""
+    resource = Resource((("service.instance.id", "i"), ("service.name", "claude-code")))
+    metric = msgspec.structs.replace(TOKENS, resource=resource)
+    with running_bridge() as bridge:
+        bridge.send(body_of([point(metric, "input", "", 1000, 1060, 1)]))
+        bridge.rig.settings = LedgerSettings(hashed=frozenset({"service.instance.id"}))
+        bridge.rig.restart()
+        again = body_of([point(metric, type_, "", 1000, 1120, 1) for type_ in ("output", "input")])
+        assert (bridge.send(again).accepted, bridge.send(again).duplicate) == (2, 2)
+        assert bridge.totals == {"tokens.input": 2, "tokens.output": 1}
+        with closing(sqlite3.connect(bridge.rig.directory / DATABASE)) as connection:
+            rows = connection.execute("select count(*), (select count(*) from writer) from stream").fetchall()
+        assert rows == [(2, 2)]
+
+
+@pytest.mark.parametrize("room", [2, 3])
+def test_series_of_a_new_writer_may_be_known(room: int) -> None:
+    """A session may be called what a longer one is cut to: two writers feed its series, with and without room."""
+    with running_bridge(LedgerSettings(max_series=room)) as bridge:
+        bridge.send(body_of([point(TOKENS, type_, "s" * 600, 1000, 1060, 1) for type_ in TYPES]))
+        cut = dict(next(bridge.rig.ledger.rows()).labels)["session.id"]
+        bridge.send(body_of([point(TOKENS, type_, cut, 1000, 1060, 1) for type_ in TYPES]))
+        assert [value_of(row) for row in bridge.rig.ledger.rows()] == [2, 2]
 
 
 # --- (e) against a model ---------------------------------------------------------------------------------------

@@ -128,9 +128,10 @@ def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
     """What a point of the token or cost metric tells of; None for other metrics."""
     if metric.kind is not Kind.COUNTER or metric.name not in ("claude_code.token.usage", "claude_code.cost.usage"):
         return None
-    texts = {key: attribute_text(value) for key, value in attributes if key in ("session.id", "model", "type")}
-    kind = "usd" if metric.name == "claude_code.cost.usage" else _CELL_KINDS.get(texts.get("type", ""))
-    return None if kind is None else UsageCell(TOOL, texts.get("session.id", ""), texts.get("model", ""), kind)
+    values = dict(attributes)
+    session, model, kind = (attribute_text(values.get(key, "")) for key in ("session.id", "model", "type"))
+    counted = "usd" if metric.name == "claude_code.cost.usage" else _CELL_KINDS.get(kind)
+    return None if counted is None else UsageCell(TOOL, session, model, counted)
 
 
 # --- how it is told to export here -----------------------------------------------------------------------------
