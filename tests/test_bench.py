@@ -12,6 +12,7 @@ from tests.bench.exports import POINTS, STEP_NS, TOKEN_POINTS, Session
 from tests.bench.live import percentiles
 from tests.bench.naive import page, take_json, take_protobuf, values
 from tests.bench.peers import usage_of
+from tests.bench.profile import PARTS, ingest
 
 BEGIN = 1_800_000_000 * 10**9
 
@@ -60,3 +61,10 @@ def test_percentiles_are_of_the_sorted_times_and_usage_is_that_of_a_process() ->
     before, after = usage_of(os.getpid()), usage_of(os.getpid())
     assert after.cpu >= before.cpu > 0
     assert after.wakeups >= before.wakeups
+
+
+def test_the_parts_of_an_export_are_those_of_as_many_as_were_asked_for() -> None:
+    commits, points, first, parts = ingest(group=2, sessions=3, rounds=2)
+    assert (commits, points) == (2 * 2, 2 * 3 * POINTS)
+    assert tuple(parts) == PARTS
+    assert min(first, *parts.values()) > 0

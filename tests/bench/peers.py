@@ -273,6 +273,12 @@ def usage_of(process: int) -> Usage:
     return Usage(nanoseconds / 1e9, wakeups, written)
 
 
+def memory_of(process: int) -> float:
+    """Resident memory in MB."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1000
+
+
 class Running:
     """A peer that runs in `directory`, pinned to one core."""
 
@@ -326,8 +332,7 @@ class Running:
     @property
     def memory(self) -> float:
         """Resident memory in MB."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1000
+        return memory_of(self._process.pid)
 
     @property
     def usage(self) -> Usage:
