@@ -16,7 +16,9 @@ Tables, with what bounds them:
   target       resource attributes by job and instance
 
 What is served (series, series_value, total, served) is proved: each row holds a checksum of itself, and every start
-reads the whole file, so that a flipped bit is found before it is shown.
+reads the whole file, so that a flipped bit is found before it is shown. Identities, names and requests have no
+checksum: up to THOROUGH_BYTES those that stand in an index too are compared with it, and of any change between an
+orderly stop and the next start the mark's checksum of the whole file tells.
 
 Beside it stand the mark of what was served (bridge/mark.py) and copies, `state-v1-<time>.db`: one an hour while
 something changes, and one before every migration. A migration is one transaction: a crash leaves the old schema or

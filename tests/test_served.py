@@ -626,6 +626,18 @@ def test_text_that_a_flipped_bit_has_made_none_is_damage(rig: MarkedRig) -> None
         rig.start()
 
 
+def test_a_name_that_its_index_has_otherwise_is_damage(rig: MarkedRig) -> None:
+    """Names have no checksum of their own."""
+    rig.send("{session: a, type: input, model: claude-opus-4-5, start: 0, time: 60, delta: 5}")
+    rig.stop()
+    path = rig.directory / DATABASE
+    image = path.read_bytes()
+    for table, name in (("metric", b"claude_code.token.usage"), ("model", b"claude_codeclaude-opus-4-5")):
+        path.write_bytes(image.replace(name, bytes([name[0] ^ 1]) + name[1:], 1))
+        with pytest.raises(Damaged, match=f"missing from index sqlite_autoindex_{table}"):
+            rig.start()
+
+
 def test_a_changed_schema_is_damage(rig: MarkedRig) -> None:
     """A flipped bit in the name of a column leaves a database that is whole, and no use."""
     rig.send(tokens("a", 0, 5))
