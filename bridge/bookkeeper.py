@@ -201,6 +201,7 @@ class Bookkeeper:
         self._usage = usage
         self._recover = recover
         self._settings = settings
+        self._is_fed = settings.source == "transcripts"
         self._clock_ms = clock_ms
         self._live = live
         self.is_lost = False
@@ -326,7 +327,7 @@ class Bookkeeper:
         books = self._books = _Books()
         with self._store.transaction() as committed:
             receipts = [self._post(request) for request in group]
-            if self._settings.source == "transcripts":
+            if self._is_fed:
                 self._feed_from_transcripts()
             usage = self._usage.flush(self._commits + 1, self._now)
             for (tool, kind), value in usage.truth.items():
@@ -400,7 +401,7 @@ class Bookkeeper:
             self._usage.load_history(request.batch.usages, self._now)
             return Receipt(len(request.batch.usages), 0, ())
         accepted = duplicate = 0
-        is_foreign = request.transcript is None and self._settings.source == "transcripts"
+        is_foreign = request.transcript is None and self._is_fed
         for told in () if is_foreign else request.batch.usages:
             if self._usage.add(told):
                 accepted += 1
@@ -445,7 +446,7 @@ class Bookkeeper:
     def _count(self, origin: _Origin, stream: _Stream, amount: Value, point: DataPoint) -> None:
         """Add to the series, and to what is joined or shown to XRG."""
         cell = None if self._repeats and point.metric in self._repeats else stream.cell
-        if cell is not None and self._settings.source == "transcripts":
+        if cell is not None and self._is_fed:
             if cell.tool == claude_code.TOOL:  # transcripts feed these
                 return
             cell = None

@@ -238,9 +238,6 @@ class Worth(NamedTuple):
     unpriced: int = 0
 
 
-NOTHING = Worth()
-
-
 def worth(cell: Cell, *, reports_cost: bool = True) -> Worth:
     """The larger of both sums for each kind of token; the cost of one side and that of the tokens beyond it.
 
@@ -291,6 +288,12 @@ def has_metrics(cell: Cell) -> bool:
     return any(cell.metrics) or cell.metrics_cost != 0 or cell.prompt != 0
 
 
+def has_metrics_alone(cell: Cell) -> bool:
+    """Whether no request is told of in a cell, so that all its worth is what metrics say."""
+    requests = cell.requests == NO_TOKENS and not cell.requests_cost and not cell.unpriced
+    return requests and cell.covered == NO_TOKENS and not cell.covered_cost and not cell.covered_unpriced
+
+
 def beyond(cell: Cell, *, reports_cost: bool = True) -> Worth:
     """What the metrics of a cell add to its requests, those of history that they cover included.
 
@@ -298,10 +301,10 @@ def beyond(cell: Cell, *, reports_cost: bool = True) -> Worth:
     """
     if not has_metrics(cell):
         return Worth()
+    if has_metrics_alone(cell):
+        return worth(cell, reports_cost=reports_cost)
     requests = Worth(cell.requests, cell.requests_cost, cell.unpriced)
     told = add_worth(requests, Worth(cell.covered, cell.covered_cost, cell.covered_unpriced))
-    if told == NOTHING:
-        return worth(cell, reports_cost=reports_cost)
     whole = cell._replace(
         requests=told.tokens, requests_cost=told.cost, unpriced=told.unpriced,
         estimated_cost=cell.estimated_cost + cell.covered_cost,

@@ -25,6 +25,7 @@ from bridge.join import (
     add_worth,
     beyond,
     has_metrics,
+    has_metrics_alone,
     request_cell,
     settle,
     worth,
@@ -149,6 +150,7 @@ class UsageBooks:
         self._model_ids: dict[tuple[str, str], int] = {}
         self._matchings: dict[tuple[int, ...], Matching] = {}
         self._cells: dict[tuple[int, int], Cell] = {}
+        self._values_of: dict[tuple[int, int], tuple[Cell, tuple[Worth, Worth]]] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -496,9 +498,10 @@ class UsageBooks:
         self._dirty_cells.add((session.id, model))
         truth = self._truth(model)
         if session.has_metrics:
-            gained = add_worth(self._worth(session.tool, new), self._worth(session.tool, old), -1)
-            self._truths[model] = truth._replace(own=add_worth(truth.own, gained))
-            self._note_beyond(session, model, old, new, time_ms)
+            (before, told_before), (after, told_after) = (self._valued(session, model, cell) for cell in (old, new))
+            own = add_worth(truth.own, add_worth(after, before, -1))
+            self._truths[model] = TruthRow(own, truth.requests, truth.pool)
+            self._note_beyond(session, model, add_worth(told_after, told_before, -1), time_ms)
         else:
             self._set_pool(session.tool, model, add_cells(truth.pool, delta), time_ms)
 
@@ -506,12 +509,11 @@ class UsageBooks:
         truth = self._truth(model)
         self._truths[model] = truth._replace(pool=pool)
         if has_metrics(pool):
-            self._note_beyond(self._session(tool, ""), model, truth.pool, pool, time_ms)
+            change = add_worth(self._told_beyond(tool, pool), self._told_beyond(tool, truth.pool), -1)
+            self._note_beyond(self._session(tool, ""), model, change, time_ms)
 
-    def _note_beyond(self, session: SessionRow, model: int, old: Cell, new: Cell, time_ms: int) -> None:
-        """Book what metrics now say beyond the requests of a cell."""
-        reports_cost = session.tool in self._reporting
-        change = add_worth(beyond(new, reports_cost=reports_cost), beyond(old, reports_cost=reports_cost), -1)
+    def _note_beyond(self, session: SessionRow, model: int, change: Worth, time_ms: int) -> None:
+        """Book what metrics now say beyond the requests of a cell, more than before."""
         if any(change.tokens) or change.cost or change.unpriced:
             quarters = self._beyond.setdefault((session.id, model), {})
             quarter = _quarter(time_ms)
@@ -533,7 +535,7 @@ class UsageBooks:
                 truth = self._truth(model)
                 self._truths[model] = truth._replace(own=add_worth(truth.own, self._worth(session.tool, cell)))
                 self._set_pool(session.tool, model, add_cells(truth.pool, cell, -1), time_ms)
-                self._note_beyond(session, model, Cell(), cell, time_ms)
+                self._note_beyond(session, model, self._told_beyond(session.tool, cell), time_ms)
         session = session._replace(has_metrics=has_metrics, has_requests=has_requests)
         self._write_session(session)
         return session
@@ -544,6 +546,21 @@ class UsageBooks:
 
     def _worth(self, tool: str, cell: Cell) -> Worth:
         return worth(cell, reports_cost=tool in self._reporting)
+
+    def _told_beyond(self, tool: str, cell: Cell) -> Worth:
+        return beyond(cell, reports_cost=tool in self._reporting)
+
+    def _valued(self, session: SessionRow, model: int, cell: Cell) -> tuple[Worth, Worth]:
+        """What a cell is worth, and what its metrics say beyond its requests; remembered, as it is asked for again
+        when the cell changes."""
+        key = (session.id, model)
+        known = self._values_of.get(key)
+        if known is not None and known[0] is cell:
+            return known[1]
+        found = self._worth(session.tool, cell)
+        values = (found, found if has_metrics_alone(cell) else self._told_beyond(session.tool, cell))
+        self._values_of[key] = (cell, values)
+        return values
 
     def touched(self) -> list[tuple[SessionRow, str, Cell, Cell]]:
         """The cells that changed since the last flush: session, model, the cell and what it was."""

@@ -16,7 +16,7 @@ Tables, with what bounds them:
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bridge.join import Cell, Worth
@@ -524,8 +524,10 @@ def _cell(row: tuple[Any, ...]) -> Cell:
     return Cell._make((tuple(row[:4]), *row[4:6], tuple(row[6:10]), *row[10:13], tuple(row[13:17]), *row[17:]))
 
 
-def _bounded(numbers: Iterable[int]) -> list[int]:
+def _bounded(numbers: Sequence[int]) -> Sequence[int]:
     """Numbers as SQLite can hold them."""
+    if max(numbers) <= MAX_INTEGER and min(numbers) >= -MAX_INTEGER:
+        return numbers
     return [number if -MAX_INTEGER <= number <= MAX_INTEGER else _bound(number) for number in numbers]
 
 
