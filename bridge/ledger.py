@@ -167,6 +167,8 @@ class Ledger:
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._thread.start()
         await self._started
+        self.ready = True
+        self._loaded.set()  # here, so that nobody is answered before the caller has told what became of the state
 
     def now_ms(self) -> int:
         """The time as the ledger takes it, in Unix ms."""
@@ -413,8 +415,6 @@ class Ledger:
             self.scrapers[key] = max(shown, self.scrapers.get(key, 0))
         self._note_usage(usage)
         self.commits = snapshot.commits
-        self.ready = True
-        self._loaded.set()
 
     def _note_usage(self, usage: UsageChange) -> None:
         self.models.update((row.id, row) for row in usage.models)

@@ -4,6 +4,7 @@ Law under test: no total and no counter is ever shown lower than it was, nothing
 gone, nothing that a scraper has seen is shown to it at 0 again, and no state begins at 0 by itself.
 """
 
+import asyncio
 import os
 import re
 import shutil
@@ -402,6 +403,28 @@ def test_a_database_that_was_changed_while_no_bridge_ran_is_told_of(daemon: Daem
     assert words in daemon.log
     daemon.restart()
     assert daemon.log.count(words) == 1
+
+
+def test_what_became_of_the_state_is_known_before_anything_is_served(rig: MarkedRig) -> None:
+    """Whoever starts the ledger tells the log of it; who waits for the state to be loaded is answered afterwards."""
+    rig.stop()
+    rig.ledger = rig.make_ledger()
+
+    async def start() -> list[str]:
+        order = []
+
+        async def serve() -> None:
+            await rig.ledger.wait_ready(10)
+            order.append("served")
+
+        waiting = asyncio.ensure_future(serve())
+        await asyncio.sleep(0)
+        await rig.ledger.start()
+        order.append("told")
+        await waiting
+        return order
+
+    assert rig.call(start()) == ["told", "served"]
 
 
 def test_xrg_sees_no_fall_and_no_false_growth_after_a_restore(daemon: Daemon) -> None:
