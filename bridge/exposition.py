@@ -81,6 +81,17 @@ def labels_text(labels: Iterable[tuple[str, str]]) -> str:
     return ",".join(starmap(_pair_text, labels))
 
 
+def labels_template(names: Iterable[str]) -> str:
+    """The same as a format for their values, which are to be `plain`."""
+    return ",".join(f'{_label_text(name).replace("%", "%%")}="%s"' for name in names)
+
+
+def are_plain(values: Iterable[str]) -> bool:
+    """Whether label values stand on a page as they are."""
+    text = "".join(values)
+    return text.isprintable() and "\\" not in text and '"' not in text
+
+
 @lru_cache(maxsize=2**12)
 def _pair_text(label: str, value: str) -> str:
     """One label; the series of a session have nearly all of them alike."""

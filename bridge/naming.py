@@ -219,6 +219,17 @@ def labels(
     return tuple(sorted(values.items()))
 
 
+def arrangement(
+    keys: Iterable[str], *, strategy: Strategy = DEFAULT_STRATEGY, reserved: frozenset[str] = frozenset()
+) -> list[tuple[str, int]] | None:
+    """The label names that `labels` gives to attributes with these keys, each with the place of its value; None where
+    two of them become one label."""
+    named = labels(((key, str(at)) for at, key in enumerate(keys)), strategy=strategy, reserved=reserved)
+    if any(";" in place for _, place in named):
+        return None
+    return [(name, int(place)) for name, place in named]
+
+
 def _label_name(key: str, strategy: Strategy, style: LabelStyle) -> str:
     """`session.id` -> `session_id`; `__x__` keeps both its ends. Empty where nothing is left but underscores."""
     translate = _translated_key if len(key) <= CACHED_LENGTH else _translated_key.__wrapped__

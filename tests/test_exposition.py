@@ -20,8 +20,10 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 from bridge.exposition import (
     Format,
     SampleStyle,
+    are_plain,
     escape_help,
     header,
+    labels_template,
     labels_text,
     name_text,
     negotiate,
@@ -132,6 +134,14 @@ def test_bounds_are_written_without_exponent(bound: float, text: str, openmetric
 )
 def test_labels_are_escaped_and_odd_names_quoted(labels: list[tuple[str, str]], text: str) -> None:
     assert labels_text(labels) == text
+
+
+@LAWS
+@given(st.lists(st.tuples(st.text() | st.sampled_from(["a", "100%", "%s"]), st.text() | st.sampled_from(["%d", "\\"]))))
+def test_a_template_makes_the_same_text_of_plain_values(labels: list[tuple[str, str]]) -> None:
+    values = tuple(value for _, value in labels)
+    made = labels_template(name for name, _ in labels) % values
+    assert made == labels_text(labels) or not are_plain(values)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from bridge.naming import (
     MetricType,
     NamingError,
     Strategy,
+    arrangement,
     escape_name,
     is_legal_label_name,
     is_legal_metric_name,
@@ -339,6 +340,18 @@ def test_labels_do_not_depend_on_the_order_of_attributes(
 ) -> None:
     shuffled = random.sample(attributes, len(attributes))
     assert labels(shuffled, strategy=strategy, style=style) == labels(attributes, strategy=strategy, style=style)
+
+
+@fast
+@given(attributes, st.sampled_from(Strategy))
+def test_labels_are_arranged_by_their_keys_alone(attributes: list[tuple[str, str]], strategy: Strategy) -> None:
+    reserved = frozenset({"a", "_", "exported_a"})
+    expected = labels(attributes, strategy=strategy, reserved=reserved)
+    arranged = arrangement([key for key, _ in attributes], strategy=strategy, reserved=reserved)
+    if arranged is None:
+        assert len(expected) < len(attributes)
+    else:
+        assert tuple((name, attributes[at][1]) for name, at in arranged) == expected
 
 
 @fast

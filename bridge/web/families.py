@@ -5,7 +5,9 @@ to those that show nothing now, so a name never changes hands; none is that of o
 of a sample of another family. Two attribute sets that become one label set are one series: what counts is added up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import NamedTuple
 
 from bridge import exposition, naming
@@ -148,8 +150,14 @@ class Families:
 
     def _labels(self, series: Series, kind: str, escaping: Escaping | None) -> str:
         row = series.row
-        source = source_of(row)
         reserved = _RESERVED_OF.get(kind, self.reserved) | self.reserved
+        if escaping is None and (row.job or row.instance):
+            keys, values = zip(*row.labels, ("job", row.job), ("instance", row.instance), strict=True)
+            arranged = _arranged(keys, self._strategy, reserved)
+            if arranged is not None and exposition.are_plain(values):
+                series.labels = arranged.template % arranged.pick(values)
+                return series.labels
+        source = source_of(row)
         pairs = self.pairs(tuple(pair for pair in row.labels if pair[0] != SOURCE), reserved, escaping)
         if source:
             pairs = (*pairs, (SOURCE_LABEL, source))
@@ -168,6 +176,26 @@ class Families:
             return pairs
         escaped = [(naming.escape_name(label, escaping, is_label=True), value) for label, value in pairs]
         return naming.labels(escaped, strategy=Strategy.NO_TRANSLATION, reserved=reserved)
+
+
+class _Arranged(NamedTuple):
+    """How series with the same keys are labelled: their labels without the values, and what takes these in order."""
+
+    template: str
+    pick: Callable[[Sequence[str]], tuple[str, ...]]
+
+
+@lru_cache(maxsize=256)
+def _arranged(keys: tuple[str, ...], strategy: Strategy, reserved: frozenset[str]) -> _Arranged | None:
+    """For series with these keys, of which the last two are their job and instance; None where two become one."""
+    own = [(key, at) for at, key in enumerate(keys[:-2]) if key != SOURCE]
+    found = naming.arrangement([key for key, _ in own], strategy=strategy, reserved=reserved)
+    if found is None:
+        return None
+    places = [(name, own[at][1]) for name, at in found]
+    places += [(SOURCE_LABEL, at) for at, key in enumerate(keys) if key == SOURCE]
+    places += [("job", len(keys) - 2), ("instance", len(keys) - 1)]
+    return _Arranged(exposition.labels_template(name for name, _ in places), itemgetter(*(at for _, at in places)))
 
 
 _ANY = Family("", "", "", [])
