@@ -66,7 +66,7 @@ class Lines:
         One that holds a key, and does not say before its first inner object that it is of another type.
         """
         find, rfind, startswith = data.find, data.rfind, data.startswith
-        types, has_nuls = self._types, b"\0" in data
+        types = self._types
         while (newline := find(b"\n", start)) >= 0:
             begin, start = start, newline + 1
             if types:
@@ -78,7 +78,7 @@ class Lines:
                 at = rfind(key, begin, newline)
                 if at >= 0 and (startswith(b":", at + len(key)) or _has_key(data, key, begin, newline)):
                     line = data[begin:newline]
-                    found.append(line if line[0] == _BRACE and not has_nuls else _clean(line))
+                    found.append(line if line[0] == _BRACE and b"\0" not in line else _clean(line))
                     break
         return start
 
