@@ -13,12 +13,12 @@ Prometheus sees as `le`, over buckets that both histograms can be counted in:
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import NamedTuple
 
-from bridge.model import ExponentialHistogram, Histogram, Summary, Value
+from bridge.model import Drop, ExponentialHistogram, Histogram, Summary, Value
 
 MAX_BOUNDS = 200
 """Bounds that a sum of histograms keeps; counts of further ones move to the next larger bound that it has."""
@@ -28,6 +28,12 @@ SHOWN_BUCKETS = 40
 """Buckets of one sign of an exponential histogram where only classic ones can be shown."""
 MAX_COUNT = 2**63 - 1
 """The largest count of a histogram: what an integer on disk holds."""
+MAX_SCALE = 20
+MIN_SCALE = -10
+"""Scales of exponential histograms that the data model's SDKs use."""
+MAX_TOLD_COUNT = 2**53
+"""The largest count of a histogram that a client may tell of."""
+MAX_QUANTILES = 100
 MAX_DOUBLE = math.nextafter(math.inf, 0.0)
 
 _AnyHistogram = Histogram | ExponentialHistogram
@@ -353,3 +359,54 @@ def _boundary(scale: int, index: int) -> float:
         return math.ldexp(2.0 ** math.fmod(math.ldexp(index, -scale), 1), int(math.ldexp(index, -scale)))
     except OverflowError:
         return math.inf
+
+
+# --- what clients tell -----------------------------------------------------------------------------------------
+
+
+def explicit_histogram(
+    bounds: tuple[float, ...], counts: tuple[int, ...], count: int, total: float | None
+) -> Histogram | Drop:
+    """A consistent explicit histogram, or why it is none. One without buckets is one bucket up to +Inf."""
+    if bounds and bounds[-1] == math.inf:
+        bounds = bounds[:-1]
+    if not counts and not bounds:
+        counts = (count,)
+    if len(counts) != len(bounds) + 1 or sum(counts) != count or count > MAX_TOLD_COUNT:
+        return Drop.MALFORMED
+    if any(not low < high for low, high in pairwise((*bounds, math.inf))):
+        return Drop.MALFORMED
+    return coarsen(Histogram(bounds, counts, count, total))
+
+
+def exponential_histogram(
+    scale: int, zero_count: int, zero_threshold: float, positive_offset: int, positive: tuple[int, ...],
+    negative_offset: int, negative: tuple[int, ...], count: int, total: float | None,
+) -> ExponentialHistogram | Drop:  # fmt: skip
+    """A consistent exponential histogram without empty buckets at its ends, or why it is none."""
+    positive_offset, positive = _trim(positive_offset, positive)
+    negative_offset, negative = _trim(negative_offset, negative)
+    if (
+        not MIN_SCALE <= scale <= MAX_SCALE
+        or zero_count + sum(positive) + sum(negative) != count
+        or count > MAX_TOLD_COUNT
+    ):
+        return Drop.MALFORMED
+    if not 0 <= zero_threshold < math.inf:
+        return Drop.MALFORMED
+    histogram = ExponentialHistogram(
+        scale, zero_count, zero_threshold, positive_offset, positive, negative_offset, negative, count, total
+    )  # fmt: skip
+    return fit(histogram, MAX_BUCKETS)
+
+
+def quantiles_of(found: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Quantiles in order, each once, at most MAX_QUANTILES."""
+    return tuple(sorted(dict(islice(found, MAX_QUANTILES)).items()))
+
+
+def _trim(offset: int, counts: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    filled = [index for index, count in enumerate(counts) if count]
+    if not filled:
+        return 0, ()
+    return offset + filled[0], counts[filled[0] : filled[-1] + 1]

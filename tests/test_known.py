@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
-from bridge import otlp
 from bridge.model import Batch, DataPoint
 from bridge.otlp import DecodeError, Encoding, Known, decode_metrics
 from tests.recordings import ALL_REQUESTS
@@ -231,14 +230,14 @@ def test_recorded_exports_decode_the_same_the_second_time_and_come_from_memory(m
     requests = [request for request in ALL_REQUESTS if request.path == "/v1/metrics"]
     known = Known()
     first = [decode_metrics(r.decoded, Encoding(r.content_type), known=known) for r in requests]
-    monkeypatch.setattr(otlp, "_protobuf_point", None)
-    monkeypatch.setattr(otlp, "_json_attributes", None)
+    monkeypatch.setattr("bridge.otlp.protobuf_points._protobuf_point", None)
+    monkeypatch.setattr("bridge.otlp.json_points.json_attributes", None)
     for request, batch in zip(requests, first, strict=True):
         assert shown(decode_metrics(request.decoded, Encoding(request.content_type), known=known)) == shown(batch)
 
 
 def test_a_memory_that_is_full_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(otlp, "MAX_KNOWN", 3_000)
+    monkeypatch.setattr("bridge.otlp.points.MAX_KNOWN", 3_000)
     known = Known()
     for number in range(100):
         tail = text("session.id", str(number))

@@ -254,7 +254,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "truncated_gzip": Exhibit(
         "a shortened body is no whole one",
-        (Edit("bridge/otlp.py", "        if not stream.eof:\n", "        if False:\n"),),
+        (Edit("bridge/otlp/body.py", "        if not stream.eof:\n", "        if False:\n"),),
         ("tests/test_otlp.py",),
     ),
     "retry_after_zero": Exhibit(

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
 _OTLP = ".opentelemetry.proto"
-_FRAME = ".bridge.frame"
+_FRAME = ".bridge.otlp.frame"
 _Field = FieldDescriptorProto
 _MESSAGES: dict[str, tuple[tuple[int, str, Any, str], ...]] = {
     "ExportMetricsServiceRequest": ((1, "resource_metrics", _Field.TYPE_MESSAGE, f"{_FRAME}.ResourceMetrics*"),),
@@ -59,7 +59,7 @@ _MESSAGES: dict[str, tuple[tuple[int, str, Any, str], ...]] = {
 
 
 def _make_messages() -> tuple[type[Message], type[Message]]:
-    file = FileDescriptorProto(name="bridge/frame.proto", package=_FRAME[1:], syntax="proto3")
+    file = FileDescriptorProto(name="bridge/otlp/frame.proto", package=_FRAME[1:], syntax="proto3")
     common = metrics_pb2.DESCRIPTOR.dependencies
     file.dependency.extend([metrics_pb2.DESCRIPTOR.name, *(dependency.name for dependency in common)])
     for message_name, fields in _MESSAGES.items():
