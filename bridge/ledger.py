@@ -401,8 +401,8 @@ class Ledger:
         self.metrics = {row.id: row for row in snapshot.metrics}
         self.families = {}
         for row in snapshot.series:
-            floor = self.floors.find(self.metrics[row.metric], row)
-            self.families.setdefault(row.metric, {})[row.id] = Series(row, floor=floor)
+            series = self.families.setdefault(row.metric, {})[row.id] = Series(row)
+            series.floor = self._floor_of(series)
         self.floors.forget(self._clock_ms() - self._settings.expiry_ms)
         self.count = len(snapshot.series)
         self.appeared += self.count
@@ -423,11 +423,17 @@ class Ledger:
 
     def _raise(self, series: Series, row: SeriesRow) -> None:
         """A held series goes on; one that left and came back is a new counter."""
-        metric = self.metrics[row.metric]
         if row.born != series.row.born:
-            self.floors.drop(series_name(metric, row))
+            self.floors.drop(series_name(self.metrics[row.metric], row))
         series.row = row
-        series.floor = self.floors.find(metric, row)
+        series.floor = self._floor_of(series)
+
+    def _floor_of(self, series: Series) -> Shown | None:
+        """The floor that a series needs. It is named for that, which the mark needs as well and takes its time."""
+        if not self.floors.has_series:
+            return None
+        name = series.name = series.name or series_name(self.metrics[series.row.metric], series.row)
+        return self.floors.find(name, series.row)
 
     def _publish(self, change: Change, seconds: float) -> None:
         self.metrics.update((row.id, row) for row in change.metrics)
@@ -435,7 +441,8 @@ class Ledger:
             family = self.families.setdefault(row.metric, {})
             known = family.get(row.id)
             if known is None:
-                known = family[row.id] = Series(row, floor=self.floors.find(self.metrics[row.metric], row))
+                known = family[row.id] = Series(row)
+                known.floor = self._floor_of(known)
                 self.count += 1
                 self.appeared += 1
                 self.sources[source_of(row)] += 1

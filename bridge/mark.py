@@ -122,11 +122,13 @@ class Floors:
         """Whether a series that the database lacks was shown. Also called from the writer thread."""
         return bool(self._series) and series_name(metric, row) in self._series
 
-    def find(self, metric: MetricRow, row: SeriesRow) -> Shown | None:
-        """The floor that a series needs; one that it has reached is forgotten."""
-        if not self._series:
-            return None
-        name = series_name(metric, row)
+    @property
+    def has_series(self) -> bool:
+        """Whether any series is known that may need a floor."""
+        return bool(self._series)
+
+    def find(self, name: bytes, row: SeriesRow) -> Shown | None:
+        """The floor that a series of this name needs; one that it has reached is forgotten."""
         floor = self._series.get(name)
         if floor is not None and not is_held(row, floor):
             self.drop(name)

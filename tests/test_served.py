@@ -292,7 +292,7 @@ def test_a_floor_of_an_earlier_life_holds_nothing() -> None:
     assert is_held(replace(ROW, value=60, base=0), floor)
     assert not is_held(replace(ROW, value=70, base=60), floor)
     floors = Floors(Mark(1, {}, (), {series_name(METRIC, ROW): floor}, ()))
-    assert floors.find(METRIC, replace(ROW, value=70, base=60)) is None
+    assert floors.find(series_name(METRIC, ROW), replace(ROW, value=70, base=60)) is None
     assert len(floors) == 0
 
 
