@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from bridge import __version__, doctor, exporters, filesystem
+from bridge import __version__, doctor, evidence, exporters, filesystem
 from bridge.config import Config, load
-from bridge.doctor import Answer, Directory, Finding, Layer, Metrics, Status, Transcripts
+from bridge.doctor import Finding, Status
+from bridge.evidence import SHELL, Answer, Directory, Evidence, Layer, Metrics, Transcripts
 from bridge.model import Drop
 from bridge.store import SCHEMA_VERSION, Inspection
 from bridge.tools.claude_code import environment
@@ -330,13 +331,13 @@ GOOD = environment(ENDPOINT)
 )
 def test_claude_code_s_environment(change: dict[str, str | None], status: Status, text: str) -> None:
     variables = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
-    ((found, line),) = claude(Layer(doctor.SHELL, variables))
+    ((found, line),) = claude(Layer(SHELL, variables))
     assert found == status
     assert text in line
 
 
 def test_claude_code_s_layers() -> None:
-    shell = Layer(doctor.SHELL, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x:1"})
+    shell = Layer(SHELL, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://x:1"})
     settings = Layer("settings.json", GOOD)
     assert [status for status, _ in claude(shell, settings)] == [WARN, OK]
     managed = Layer("managed.json", {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://corp:4318"}, is_managed=True)
@@ -374,7 +375,7 @@ def test_each_address_of_the_bridge_will_do() -> None:
     ]
 
 
-def exports(when: float, started: float = NOW - 9_000, tool: str = "claude_code") -> doctor.Metrics:
+def exports(when: float, started: float = NOW - 9_000, tool: str = "claude_code") -> Metrics:
     labels = {"tool": tool, "signal": "metrics"}
     return {
         "bridge_last_export_timestamp_seconds": [(labels, when)] if when else [],
@@ -383,7 +384,7 @@ def exports(when: float, started: float = NOW - 9_000, tool: str = "claude_code"
 
 
 def test_claude_code_was_used_without_exports() -> None:
-    def f(newest: float, metrics: doctor.Metrics | None) -> list[tuple[Status, str]]:
+    def f(newest: float, metrics: Metrics | None) -> list[tuple[Status, str]]:
         return statuses(doctor.check_transcripts(Transcripts(Path("/p"), 3, newest), metrics, NOW))
 
     assert f(NOW - 10, None) == [(OK, "transcripts")]
@@ -398,9 +399,9 @@ def test_other_tools_are_named_with_what_they_do_not_tell(tmp_path: Path) -> Non
     file = tmp_path / "sessions" / "2026" / "rollout-1.jsonl.zst"
     file.parent.mkdir(parents=True)
     file.touch()
-    others = tuple(doctor._others({"CODEX_HOME": str(tmp_path)}, tmp_path / "home"))
+    others = tuple(evidence._others({"CODEX_HOME": str(tmp_path)}, tmp_path / "home"))
     assert [(tool, found.root, found.files) for tool, found in others] == [("codex", tmp_path / "sessions", 1)]
-    exporting: doctor.Metrics = {"bridge_last_export_timestamp_seconds": [({"tool": "codex", "signal": "logs"}, NOW)]}
+    exporting: Metrics = {"bridge_last_export_timestamp_seconds": [({"tool": "codex", "signal": "logs"}, NOW)]}
     cases: list[tuple[Metrics, frozenset[str]]] = [
         ({}, frozenset()),
         (exporting, frozenset()),
@@ -465,7 +466,7 @@ def test_transcripts_are_found(tmp_path: Path) -> None:
     (tmp_path / "-home-me" / "a.jsonl").touch()
     (tmp_path / "-home-me" / "sub" / "b.jsonl").touch()
     (tmp_path / "-home-me" / "c.txt").touch()
-    found = doctor._transcripts(tmp_path)
+    found = evidence._transcripts(tmp_path)
     assert found.files == 2
     assert abs(found.newest - time.time()) < 60
 
@@ -492,7 +493,7 @@ def test_a_bridge_elsewhere_is_asked_with_the_token_that_is_set(make_daemon: Mak
     address = f"http://127.0.0.1:{daemon.port}"
 
     def f(headers: str) -> tuple[Status, str]:
-        (finding,) = doctor.check_elsewhere(doctor.ask_elsewhere(address, headers))
+        (finding,) = doctor.check_elsewhere(evidence.ask_elsewhere(address, headers))
         return finding.status, finding.what
 
     assert f(f"Authorization=Bearer%20{secret}") == (
@@ -584,7 +585,7 @@ def test_where_xrg_looks() -> None:
     assert f("http://localhost:4318/v1/metrics") == f("http://127.0.0.1:4318/v1/metrics") == []
     (finding,) = f("http://localhost:8889/metrics")
     assert finding.todo == f"defaults write com.gauchosoft.XRG aiTokenOTelEndpoint {ENDPOINT}/v1/metrics"
-    assert doctor._xrg_endpoint("linux", Path("/")) == ""
+    assert evidence._xrg_endpoint("linux", Path("/")) == ""
 
 
 def test_the_file_system_is_named() -> None:
@@ -595,7 +596,7 @@ def test_managed_settings_are_read(tmp_path: Path) -> None:
     managed = tmp_path / "managed-settings.json"
     managed.write_text(json.dumps({"env": {"OTEL_METRICS_EXPORTER": "none", "OTEL_METRIC_EXPORT_INTERVAL": 5}}))
     config = Config(listen=(f"127.0.0.1:{free_port()}",), state_dir=str(tmp_path / "state"))
-    found = doctor.gather(config, {"HOME": str(tmp_path)}, (managed,))
+    found = evidence.gather(config, {"HOME": str(tmp_path)}, (managed,))
     assert found.layers[-1] == Layer(
         str(managed), {"OTEL_METRICS_EXPORTER": "none", "OTEL_METRIC_EXPORT_INTERVAL": "5"}, is_managed=True
     )
@@ -617,7 +618,7 @@ ok    prometheus   1 known: 127.0.0.1 Prometheus
 
 
 def test_the_table() -> None:
-    evidence = doctor.Evidence(
+    found = Evidence(
         now=NOW,
         here=ENDPOINT,
         endpoints=(ENDPOINT,),
@@ -629,11 +630,11 @@ def test_the_table() -> None:
         profile=None,
         directory=Directory(Path("/s"), 5, 0o755, "ext4", 10**10),
         inspection=Inspection(SCHEMA_VERSION, 12, True, True, (("127.0.0.1|Prometheus|", 0),)),
-        layers=(Layer(doctor.SHELL, {}),),
+        layers=(Layer(SHELL, {}),),
         transcripts=Transcripts(Path("/p"), 4, NOW - 8_000),
         xrg_endpoint="",
     )
-    assert doctor.table(doctor.examine(evidence)) == TABLE.format(schema=SCHEMA_VERSION)
+    assert doctor.table(doctor.examine(found)) == TABLE.format(schema=SCHEMA_VERSION)
 
 
 def test_completion_scripts(tmp_path: Path) -> None:
@@ -682,9 +683,9 @@ def test_a_bridge_that_wants_a_token_is_examined_with_it(make_daemon: Callable[.
     daemon = make_daemon(env={"BRIDGE_LOOPBACK_TOKEN": "true", "BRIDGE_TOKEN": token}).start()
     settings = load("", {}, {"listen": [f"localhost:{daemon.port}"], "state_dir": str(daemon.state_dir)}, "")
     home = {"HOME": str(daemon.directory)}
-    with_token = doctor.gather(settings, {**home, "BRIDGE_TOKEN": token}, managed=())
+    with_token = evidence.gather(settings, {**home, "BRIDGE_TOKEN": token}, managed=())
     assert with_token.metrics is not None
     assert with_token.profile
-    without = doctor.gather(settings, home, managed=())
+    without = evidence.gather(settings, home, managed=())
     assert (without.metrics, without.profile) == (None, None)
     assert [answer.status for answer in without.answers] == [200, 200]

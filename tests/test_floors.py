@@ -35,6 +35,7 @@ FLOORS = (
     ("daemon",),
     ("setup", "reporting", "statusline"),
     ("exporters",),
+    ("evidence",),
     ("service", "doctor", "terminal", "simulator"),
     ("cli",),
     ("__main__",),

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bridge import doctor, tokens
+from bridge import doctor, evidence, tokens
 from bridge.cli import main
 from bridge.config import Config, Limits, Tls
 from bridge.tls import HTTP_HINT, TlsError, TlsFiles
@@ -559,13 +559,13 @@ def test_tls_beyond_loopback(
         finally:
             connection.close()
 
-    (finding,) = doctor.check_elsewhere(doctor.ask_elsewhere(f"https://{ADDRESS}:{port}", ""))
+    (finding,) = doctor.check_elsewhere(evidence.ask_elsewhere(f"https://{ADDRESS}:{port}", ""))
     assert "its certificate is not believed: self-signed certificate" in finding.what.replace(
         "self signed", "self-signed"
     )
     assert "SSL_CERT_FILE=chain.pem claude-otel-bridge doctor" in finding.todo
     monkeypatch.setenv("SSL_CERT_FILE", f"{server}.pem")
-    (finding,) = doctor.check_elsewhere(doctor.ask_elsewhere(f"https://{ADDRESS}:{port}", ""))
+    (finding,) = doctor.check_elsewhere(evidence.ask_elsewhere(f"https://{ADDRESS}:{port}", ""))
     assert "its certificate bears another name: IP address mismatch" in finding.what
     assert get(has_certificate=True, has_token=True) == 200
     assert get(has_certificate=True, has_token=True, latest=ssl.TLSVersion.TLSv1_2) == 200
