@@ -33,6 +33,8 @@ Flags win over environment over file.
 """
 
 
+# It has no translations of its words, and looks for them, with a slow module, at every one of them.
+argparse._ = str  # type: ignore[attr-defined]  # not told of
 _EXTRA = "install the extra in the source tree: .venv/bin/pip install '.[completion]'"
 
 
