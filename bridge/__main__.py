@@ -5,9 +5,20 @@ import os
 import sys
 
 
+def run() -> None:
+    """Run the command and end the process."""
+    try:
+        main()
+    except SystemExit as end:
+        if not _is_short() or not isinstance(end.code, int):
+            raise
+        sys.stdout.flush()
+        os._exit(end.code)  # to take itself apart the interpreter needs as long as a tenth of a status line
+
+
 def main() -> None:
     """Run the command; ends with SystemExit."""
-    if sys.argv[1:2] in (["report"], ["statusline"]):
+    if _is_short():
         gc.disable()  # over before there is anything to collect
     if sys.argv[1:] == ["statusline"]:
         from bridge import statusline
@@ -18,5 +29,9 @@ def main() -> None:
     cli.main()
 
 
+def _is_short() -> bool:
+    return sys.argv[1:2] in (["report"], ["statusline"])
+
+
 if __name__ == "__main__":
-    main()
+    run()
