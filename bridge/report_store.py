@@ -8,15 +8,16 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from bridge.reports import Amount, Model, Names, Row, Segment
+from bridge.reports import Model, Names, Row, Segment
 
 LIMIT_USED, LIMIT_RESET = "ai.limit.used", "ai.limit.reset.timestamp"
 """The gauges of official limits: the part that is used, and when they begin anew (Unix seconds)."""
 _AMOUNT = (
-    "sum(requests), sum(input), sum(output), sum(cache_read), sum(cache_write_5m + cache_write_1h),"
-    " sum(cache_write_1h), sum(cost), sum(unpriced)"
+    "sum(requests), sum(input), sum(output), sum(cache_read), sum(cache_write_5m) + sum(cache_write_1h),"
+    " sum(cache_write_1h), sum(input) + sum(output) + sum(cache_read) + sum(cache_write_5m) + sum(cache_write_1h),"
+    " sum(cost), sum(unpriced)"
 )
-_PROJECT = "case when rollup.project then rollup.project else coalesce(session.project, 0) end"
+_PROJECT = "coalesce(nullif(project, 0), (select session.project from session where session.id = rollup.session), 0)"
 """What metrics alone saw of a session is of its project as well."""
 _NEXT = (
     "select quarter / 4 from rollup where quarter >= {} and model in (select value from json_each(?1))"
@@ -32,7 +33,7 @@ _BLOCKS = (
 _IN_BLOCKS = (
     "(select value as begin from json_each(?)) join rollup on quarter >= begin * 4 and quarter < (begin + 5) * 4"
 )
-_IN_TIME = "from rollup join session on session.id = rollup.session where quarter >= ? and quarter < ?"
+_IN_TIME = "from rollup where quarter >= ? and quarter < ?"
 
 
 class Progress(NamedTuple):
@@ -64,13 +65,12 @@ def span(connection: sqlite3.Connection) -> tuple[int, int]:
 
 def by_day(connection: sqlite3.Connection, segment: Segment) -> Iterator[Row]:
     """By day since 1970 of the segment's offset."""
-    sql = f"select (quarter * 900 + ?) / 86400, model, 0, max(quarter), {_AMOUNT} from rollup"
-    values = (segment.offset, segment.begin, segment.end)
-    return _rows(connection.execute(f"{sql} where quarter >= ? and quarter < ? group by 1, 2", values))
+    sql = f"select (quarter * 900 + ?) / 86400, model, 0, 0, {_AMOUNT} {_IN_TIME} group by 1, 2"
+    return _rows(connection.execute(sql, (segment.offset, segment.begin, segment.end)))
 
 
 def by_day_and_project(connection: sqlite3.Connection, segment: Segment) -> Iterator[Row]:
-    sql = f"select (quarter * 900 + ?) / 86400, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 1, 2, 3"
+    sql = f"select (quarter * 900 + ?) / 86400, model, {_PROJECT}, 0, {_AMOUNT} {_IN_TIME} group by 1, 2, 3"
     return _rows(connection.execute(sql, (segment.offset, segment.begin, segment.end)))
 
 
@@ -81,15 +81,12 @@ def block_begins(connection: sqlite3.Connection, models: Iterable[int]) -> list[
 
 def by_block(connection: sqlite3.Connection, begins: Iterable[int]) -> Iterator[Row]:
     """By the hour that a block begins with, whoever used what in it."""
-    sql = f"select begin, model, 0, max(quarter), {_AMOUNT} from {_IN_BLOCKS} group by 1, 2"
+    sql = f"select begin, model, 0, 0, {_AMOUNT} from {_IN_BLOCKS} group by 1, 2"
     return _rows(connection.execute(sql, (_listed(begins),)))
 
 
 def by_block_and_project(connection: sqlite3.Connection, begins: Iterable[int]) -> Iterator[Row]:
-    sql = (
-        f"select begin, model, {_PROJECT}, max(quarter), {_AMOUNT} from {_IN_BLOCKS}"
-        " join session on session.id = rollup.session group by 1, 2, 3"
-    )
+    sql = f"select begin, model, {_PROJECT}, 0, {_AMOUNT} from {_IN_BLOCKS} group by 1, 2, 3"
     return _rows(connection.execute(sql, (_listed(begins),)))
 
 
@@ -99,23 +96,22 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 def by_session(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
-    sql = f"select rollup.session, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 1, 2, 3"
+    sql = f"select session, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 1, 2, 3"
     return _rows(connection.execute(sql, (begin, end)))
 
 
 def by_project(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
-    sql = f"select 0, model, {_PROJECT}, max(quarter), {_AMOUNT} {_IN_TIME} group by 2, 3"
+    sql = f"select 0, model, {_PROJECT}, 0, {_AMOUNT} {_IN_TIME} group by 2, 3"
     return _rows(connection.execute(sql, (begin, end)))
 
 
 def by_model(connection: sqlite3.Connection, begin: int, end: int) -> Iterator[Row]:
-    sql = f"select 0, model, 0, max(quarter), {_AMOUNT} from rollup where quarter >= ? and quarter < ? group by 2"
+    sql = f"select 0, model, 0, 0, {_AMOUNT} {_IN_TIME} group by 2"
     return _rows(connection.execute(sql, (begin, end)))
 
 
 def _rows(found: sqlite3.Cursor) -> Iterator[Row]:
-    make = Amount._make
-    return (Row(row[0], row[1], row[2], row[3], make(row[4:])) for row in found)
+    return map(Row._make, found)
 
 
 def names(connection: sqlite3.Connection, *, with_sessions: bool, with_projects: bool) -> Names:

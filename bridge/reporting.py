@@ -8,12 +8,13 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta, tzinfo
+from functools import cache
 from typing import NamedTuple
 
 from bridge import report_store, reports, tables
 from bridge.database import Unreadable, is_running, read
 from bridge.place import Misplaced, Place, columns, find
-from bridge.reports import BLOCK_HOURS, PERIODS, QUARTER, Block, Names, Offset, Row, Selection
+from bridge.reports import BLOCK_HOURS, DAY, PERIODS, QUARTER, Block, Names, Offset, Row, Selection
 from bridge.tables import Scope, ShownBlock, ShownLimit
 
 BLOCKS_OF = "claude_code"
@@ -269,8 +270,13 @@ def _shown(block: Block, found: Found, zone: Zone, now: int) -> ShownBlock:
 
 
 def _minute(zone: Zone, at: int) -> str:
-    local = at + zone.offset(at)
-    return f"{reports.day_of(local)} {local // 3600 % 24:02}:{local // 60 % 60:02}"
+    day, seconds = divmod(at + zone.offset(at), DAY)
+    return f"{reports.period('daily', day)} {_clock(seconds // 60)}"
+
+
+@cache
+def _clock(minute: int) -> str:
+    return f"{minute // 60:02}:{minute % 60:02}"
 
 
 def _width() -> int:

@@ -7,8 +7,9 @@ quarters of an hour since 1970: every time zone's days begin with one. Nothing h
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from fnmatch import fnmatchcase
-from functools import lru_cache, partial
-from typing import NamedTuple
+from functools import cache
+from operator import add, attrgetter
+from typing import NamedTuple, TypeVar
 
 QUARTER = 900
 """Seconds."""
@@ -32,12 +33,14 @@ _TRANSITIONS = (946_684_800, 4_102_444_800)
 _STEP = 7 * DAY
 """No zone has two changes within a week."""
 
+Group = TypeVar("Group")
 Offset = Callable[[int], int]
 """Seconds east of Greenwich at a time (Unix seconds)."""
 
 
 class Amount(NamedTuple):
-    """What was used. `cache_write` includes `cache_write_1h`; cost in nano-dollars; nobody knows that of `unpriced`."""
+    """What was used. `cache_write` includes `cache_write_1h`, `tokens` all but that; cost in nano-dollars; nobody knows
+    that of `unpriced`."""
 
     requests: int = 0
     input: int = 0
@@ -45,22 +48,32 @@ class Amount(NamedTuple):
     cache_read: int = 0
     cache_write: int = 0
     cache_write_1h: int = 0
+    tokens: int = 0
     cost: int = 0
     unpriced: int = 0
 
-    @property
-    def tokens(self) -> int:
-        return self.input + self.output + self.cache_read + self.cache_write
-
 
 class Row(NamedTuple):
-    """A sum of the store: of a day, an hour or a session (`key`), a model and a project; `last` is its last quarter."""
+    """A sum of the store: of a day, an hour or a session (`key`), a model and a project. `last` is the last quarter of
+    sessions. The members of an amount follow, flat as the database gives them: there are thousands of rows."""
 
     key: int
     model: int
     project: int
     last: int
-    amount: Amount
+    requests: int
+    input: int
+    output: int
+    cache_read: int
+    cache_write: int
+    cache_write_1h: int
+    tokens: int
+    cost: int
+    unpriced: int
+
+    @property
+    def amount(self) -> Amount:
+        return Amount._make(self[4:])
 
 
 class Model(NamedTuple):
@@ -168,6 +181,7 @@ def first_quarter(day: date, offset: Offset) -> int:
     raise AssertionError("no day is longer than two")
 
 
+@cache  # many rows of one day follow each other
 def period(kind: str, day: int) -> str:
     """The name of the day, ISO week or month that a day since 1970 is in; a week is named by its Monday."""
     when = _EPOCH + timedelta(days=day)
@@ -221,25 +235,28 @@ def _has_wildcards(pattern: str) -> bool:
 def report(kind: str, rows: Iterable[Row], names: Names, when: Callable[[int], str]) -> Report:
     """The report of a kind. `rows` have days as keys where that is a period, else sessions or nothing; `when` names a
     quarter of an hour."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    group = _grouping(kind, names)
-    for row in rows:
-        if any(row.amount):
-            groups.setdefault(group(row), []).append(row)
+    rows = [row for row in rows if any(row[4:])]
     if kind == "session":
-        last = {keys: max(row.last for row in members) for keys, members in groups.items()}
-        entries = [
-            _of_session(entry(keys, groups[keys], names), groups[keys], names, when(last[keys]))
-            for keys in sorted(groups, key=lambda keys: (last[keys], keys))
-        ]
+        sessions = sorted(
+            (max(row.last for row in members), str(session), members)
+            for session, members in grouped(rows, lambda row: row.key).items()
+        )
+        entries = [_of_session(members, names, when(last)) for last, _, members in sessions]
     else:
-        entries = [entry(keys, members, names) for keys, members in groups.items()]
+        entries = [entry(keys, members, names) for keys, members in grouped(rows, _grouping(kind, names)).items()]
         if kind in PERIODS:
             entries.sort(key=lambda entry: entry.keys)
         else:
             entries.sort(key=lambda entry: (-entry.amount.cost, -entry.amount.tokens, entry.keys))
-    entries = [entry for entry in entries if any(entry.amount)]
-    return summed(kind, entries, (row for members in groups.values() for row in members), names)
+    return summed(kind, [entry for entry in entries if any(entry.amount)], rows, names)
+
+
+def grouped(rows: Iterable[Row], group: Callable[[Row], Group]) -> dict[Group, list[Row]]:
+    """Rows by what `group` says of them, in their order."""
+    groups: dict[Group, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(group(row), []).append(row)
+    return groups
 
 
 def summed(kind: str, entries: Iterable[Entry], rows: Iterable[Row], names: Names) -> Report:
@@ -247,9 +264,9 @@ def summed(kind: str, entries: Iterable[Entry], rows: Iterable[Row], names: Name
     entries = tuple(entries)
     unpriced: dict[str, int] = {}
     for row in rows:
-        if row.amount.unpriced:
+        if row.unpriced:
             model = names.models[row.model].name
-            unpriced[model] = unpriced.get(model, 0) + row.amount.unpriced
+            unpriced[model] = unpriced.get(model, 0) + row.unpriced
     found = sorted(
         ((model, tokens) for model, tokens in unpriced.items() if tokens > 0), key=lambda one: (-one[1], one[0])
     )
@@ -266,49 +283,67 @@ def _grouping(kind: str, names: Names) -> Callable[[Row], tuple[str, ...]]:
     """What tells the entry that a row belongs to from others."""
     models, projects = names.models, names.projects
     match kind:
-        case "session":
-            return lambda row: (str(row.key),)
         case "project":
             return lambda row: (projects.get(row.project, ""),)
         case "model":
             return lambda row: (models[row.model].name, models[row.model].tool)
         case "tool":
             return lambda row: (models[row.model].tool,)
-    periods = lru_cache(maxsize=None)(partial(period, kind))  # many rows of one day follow each other
-    return lambda row: (periods(row.key),)
+    return lambda row: (period(kind, row.key),)
 
 
-def _of_session(entry: Entry, rows: Sequence[Row], names: Names, last: str) -> Entry:
+def _of_session(rows: Sequence[Row], names: Names, last: str) -> Entry:
     """An entry under its session's name, tool and the project that most of it was for."""
-    amounts = dict.fromkeys((names.projects.get(row.project, "") for row in rows), 0)
-    if len(amounts) > 1:
+    tokens = dict.fromkeys([names.projects.get(row.project, "") for row in rows], 0)
+    if len(tokens) > 1:
         for row in rows:
-            amounts[names.projects.get(row.project, "")] += row.amount.tokens
-    project = max(amounts, key=lambda name: (amounts[name], name))
-    name = names.sessions.get(rows[0].key, "")
-    return Entry((name, ", ".join(entry.tools), project, last), *entry[1:])
+            tokens[names.projects.get(row.project, "")] += row.tokens
+    project = max(tokens, key=lambda name: (tokens[name], name)) if len(tokens) > 1 else next(iter(tokens))
+    models, tools = _used(rows, names)
+    return Entry((names.sessions.get(rows[0].key, ""), ", ".join(tools), project, last), models, tools, _sum(rows))
 
 
 def entry(keys: tuple[str, ...], rows: Sequence[Row], names: Names) -> Entry:
-    """Models and tools stand in the order of what they cost."""
-    if len(rows) == 1:
-        model = names.models[rows[0].model]
-        return Entry(keys, (model.name,), (model.tool,), rows[0].amount)
-    models: dict[str, tuple[int, int]] = {}
-    tools: dict[str, tuple[int, int]] = {}
-    for row in rows:
-        model = names.models[row.model]
-        more_cost, more_tokens = row.amount.cost, row.amount.tokens
-        for weights, name in ((models, model.name), (tools, model.tool)):
-            cost, tokens = weights.get(name, (0, 0))
-            weights[name] = cost + more_cost, tokens + more_tokens
-    return Entry(keys, _by_weight(models), _by_weight(tools), total([row.amount for row in rows]))
+    """What rows add up to."""
+    return Entry(keys, *_used(rows, names), _sum(rows)) if rows else Entry(keys, (), (), Amount())
 
 
-def _by_weight(weights: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
-    if len(weights) == 1:
-        return tuple(weights)
-    return tuple(sorted(weights, key=lambda name: (-weights[name][0], -weights[name][1], name)))
+def _sum(rows: Sequence[Row]) -> Amount:
+    """For few rows this is faster than the sum of columns."""
+    amount: tuple[int, ...] = rows[0][4:]
+    for row in rows[1:]:
+        amount = tuple(map(add, amount, row[4:]))
+    return Amount._make(amount)
+
+
+def _used(rows: Sequence[Row], names: Names) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Models and tools, in the order of what they cost."""
+    by_weight = {_weight(row): names.models[row.model] for row in rows}
+    if len(by_weight) == len(rows) and (found := _distinct(tuple([by_weight[at] for at in sorted(by_weight)]))):
+        return found
+    used = [names.models[row.model] for row in rows]
+    return _by_weight([model.name for model in used], rows), _by_weight([model.tool for model in used], rows)
+
+
+_weight = attrgetter("cost", "tokens")
+
+
+@cache
+def _distinct(used: tuple[Model, ...]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Names and tool; None where a sum of several decides their order. Thousands of entries have the same few."""
+    names, tools = tuple(model.name for model in reversed(used)), {model.tool for model in used}
+    return (names, tuple(tools)) if len(tools) == 1 and len(set(names)) == len(names) else None
+
+
+def _by_weight(names: Sequence[str], rows: Iterable[Row]) -> tuple[str, ...]:
+    """The names of rows, each once, those with the highest cost first."""
+    if len(set(names)) == 1:
+        return (names[0],)
+    weights: dict[str, tuple[int, int, str]] = {}
+    for name, row in zip(names, rows, strict=True):
+        cost, tokens, _ = weights.get(name, (0, 0, name))
+        weights[name] = cost - row.cost, tokens - row.tokens, name
+    return tuple(sorted(weights, key=weights.__getitem__))
 
 
 # --- blocks ----------------------------------------------------------------------------------------------------
@@ -346,7 +381,7 @@ def blocks(begins: Iterable[int], rows: Iterable[Row], now: int) -> list[Block]:
     """
     used: dict[int, list[Row]] = {}
     for row in rows:
-        if any(row.amount):
+        if any(row[4:]):
             used.setdefault(row.key, []).append(row)
     found: list[Block] = []
     end = None

@@ -7,12 +7,11 @@ wrote (names of projects, sessions, models) cannot steer a terminal or a spreads
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from operator import attrgetter
 from typing import NamedTuple
 
-from bridge.reports import KEYS, Amount, Block, Burn, Entry, Report
+from bridge.reports import KEYS, Amount, Block, Burn, Entry, Report, period
 
 NANO = 1_000_000_000
 TITLES = {
@@ -26,8 +25,10 @@ TITLES = {
     "blocks": "in blocks of five hours",
 }
 NOTE = "Cost is API-equivalent: what it comes to at API prices. A subscription has no bill per token."
-_NUMBERS = ("requests", "input", "output", "cache_read", "cache_write", "cache_write_1h", "tokens")
-_numbers = attrgetter(*_NUMBERS)
+_NUMBERS = Amount._fields[:-2]
+"""All but the cost and the tokens without one."""
+_TITLES = ("models", "tools", *_NUMBERS, "cost_usd", "unpriced_tokens")
+"""What JSON and CSV call the rest of an entry, after its keys."""
 _MODELS_WIDTH = 32
 
 
@@ -50,7 +51,7 @@ class _Column(NamedTuple):
     title: str
     priority: int
     is_number: bool
-    cell: Callable[[Entry], str]
+    cells: Callable[[Sequence[Entry]], list[str]]
 
 
 def text(report: Report, scope: Scope, width: int) -> str:
@@ -72,42 +73,37 @@ def _key_columns(report: Report) -> list[_Column]:
     kind = report.kind
     if kind == "session":
         return [
-            _Column("Last used", 0, is_number=False, cell=lambda entry: entry.keys[-1]),
-            _Column("Session", 0, is_number=False, cell=partial(_session, _ambiguous(report.entries))),
-            _Column("Project", 2, is_number=False, cell=lambda entry: _tail(_project(entry.keys[2]), 24)),
+            _Column("Last used", 0, is_number=False, cells=partial(_keys, 3)),
+            _Column("Session", 0, is_number=False, cells=_sessions),
+            _Column("Project", 2, is_number=False, cells=partial(_projects, 2, 24)),
         ]
     if kind == "project":
-        return [_Column("Project", 0, is_number=False, cell=lambda entry: _tail(_project(entry.keys[0]), 40))]
+        return [_Column("Project", 0, is_number=False, cells=partial(_projects, 0, 40))]
     if kind in ("model", "tool"):
         titles = {0: KEYS[kind][0].title(), 1: "Tool"}
         keys = range(len(KEYS[kind]))
-        return [_Column(titles[at], 2 * at, is_number=False, cell=partial(_key, at)) for at in keys]
+        return [_Column(titles[at], 2 * at, is_number=False, cells=partial(_keys, at)) for at in keys]
     title = {"daily": "Date", "weekly": "Week of", "monthly": "Month"}[kind]
-    return [_Column(title, 0, is_number=False, cell=partial(_key, 0))]
+    return [_Column(title, 0, is_number=False, cells=partial(_keys, 0))]
 
 
-def _ambiguous(entries: Sequence[Entry]) -> set[str]:
-    """Beginnings that several sessions have: those of some tools begin with the time."""
-    counts = Counter(entry.keys[0][:8] for entry in entries)
-    return {beginning for beginning, count in counts.items() if count > 1}
+def _keys(at: int, entries: Sequence[Entry]) -> list[str]:
+    return [plain(entry.keys[at]) for entry in entries]
 
 
-def _session(ambiguous: set[str], entry: Entry) -> str:
-    """As much of a session's name as tells it from others."""
-    name = plain(entry.keys[0])
-    return (f"…{name[-7:]}" if name[:8] in ambiguous and len(name) > 8 else name[:8]) or "(none)"
-
-
-def _key(at: int, entry: Entry) -> str:
-    return plain(entry.keys[at])
+def _sessions(entries: Sequence[Entry]) -> list[str]:
+    """As much of each session's name as tells it from others: those of some tools begin with the time."""
+    names = _keys(0, entries)
+    counts = Counter(name[:8] for name in names)
+    return [(f"…{name[-7:]}" if counts[name[:8]] > 1 and len(name) > 8 else name[:8]) or "(none)" for name in names]
 
 
 def _amount_columns(report: Report) -> list[_Column]:
     def number(title: str, priority: int, name: str) -> _Column:
-        value = attrgetter(f"amount.{name}")
-        return _Column(title, priority, is_number=True, cell=lambda entry: f"{value(entry):,}")
+        values = partial(map, attrgetter(f"amount.{name}"))
+        return _Column(title, priority, is_number=True, cells=lambda entries: [f"{n:,}" for n in values(entries)])
 
-    models = [_Column("Models", 1, is_number=False, cell=lambda entry: _models(entry.models))]
+    models = [_Column("Models", 1, is_number=False, cells=lambda entries: [_models(entry.models) for entry in entries])]
     return [
         *(models if report.kind != "model" else []),
         number("Requests", 8, "requests"),
@@ -116,16 +112,17 @@ def _amount_columns(report: Report) -> list[_Column]:
         number("Cache write", 6, "cache_write"),
         number("Cache read", 5, "cache_read"),
         number("Tokens", 0, "tokens"),
-        _Column("Cost", 0, is_number=True, cell=partial(_cost, report)),
+        _Column("Cost", 0, is_number=True, cells=partial(_costs, report)),
     ]
 
 
-def _cost(report: Report, entry: Entry) -> str:
-    """A cost; an asterisk says that some of its tokens have no price, a dash before it that none has."""
-    amount = entry.amount
-    mark = "*" if amount.unpriced > 0 else " "
-    shown = dollars(amount.cost, _places(report)) if _has_cost(amount) else "-"
-    return shown + (mark if report.unpriced else "")
+def _costs(report: Report, entries: Sequence[Entry]) -> list[str]:
+    """Costs; an asterisk says that some of its tokens have no price, a dash before it that none has."""
+    places = _places(report)
+    costs = [dollars(entry.amount.cost, places) if _has_cost(entry.amount) else "-" for entry in entries]
+    if not report.unpriced:
+        return costs
+    return [cost + ("*" if entry.amount.unpriced > 0 else " ") for cost, entry in zip(costs, entries, strict=True)]
 
 
 def _has_cost(amount: Amount) -> bool:
@@ -139,33 +136,39 @@ def _places(report: Report) -> int:
 
 def _fit(columns: list[_Column], entries: Sequence[Entry], whole: Entry, width: int) -> list[str]:
     """The rows of a table, without the columns that do not fit."""
-    cells = {column: [column.cell(entry) for entry in entries] for column in columns}
-    sums = {column: column.cell(whole) if column.is_number else "" for column in columns}
-    sums[columns[0]] = "Total"
-    widths = {
-        column: max(display_width(cell) for cell in (column.title, sums[column], *cells[column])) for column in columns
+    cells = {
+        column: [column.title, *(column.cells([*entries, whole]) if column.is_number else (*column.cells(entries), ""))]
+        for column in columns
     }
+    cells[columns[0]][-1] = "Total"
+    widths = {column: _width(cells[column]) for column in columns}
     while sum(widths.values()) + 2 * (len(widths) - 1) > width:
         victim = max(widths, key=lambda column: column.priority)
         if not victim.priority:
             break
         del widths[victim]
     rules = ["─" * size for size in widths.values()]
-    whole_columns = [
-        _padded([column.title, *cells[column], sums[column]], size, right=column.is_number)
-        for column, size in widths.items()
-    ]
+    whole_columns = [_padded(cells[column], size, right=column.is_number) for column, size in widths.items()]
     header, *rows, footer = ("  ".join(row).rstrip() for row in zip(*whole_columns, strict=True))
     rule = "  ".join(rules)
     return [header, rule, *rows, rule, footer]
 
 
+def _width(cells: Sequence[str]) -> int:
+    """As wide as the widest."""
+    return max(map(len if _is_ascii(cells) else display_width, cells))
+
+
 def _padded(cells: Sequence[str], size: int, *, right: bool) -> list[str]:
     """Cells, each as wide as `size`."""
-    if all(map(str.isascii, cells)):
+    if _is_ascii(cells):
         return [cell.rjust(size) for cell in cells] if right else [cell.ljust(size) for cell in cells]
     spaces = (" " * (size - display_width(cell)) for cell in cells)
     return [space + cell if right else cell + space for cell, space in zip(cells, spaces, strict=True)]
+
+
+def _is_ascii(cells: Sequence[str]) -> bool:
+    return all(map(str.isascii, cells))
 
 
 def display_width(cell: str) -> int:
@@ -183,13 +186,10 @@ def plain(name: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in name)
 
 
-def _project(path: str) -> str:
-    return plain(path) or "(unknown)"
-
-
-def _tail(name: str, most: int) -> str:
-    """The end of a name: of a path that says the most."""
-    return name if len(name) <= most else f"…{name[-most + 1 :]}"
+def _projects(at: int, most: int, entries: Sequence[Entry]) -> list[str]:
+    """The ends of paths: they say the most."""
+    names = [name or "(unknown)" for name in _keys(at, entries)]
+    return [name if len(name) <= most else f"…{name[-most + 1 :]}" for name in names]
 
 
 @lru_cache
@@ -251,7 +251,7 @@ def blocks_text(
     title = f"Usage {TITLES['blocks']} · {_scope(scope)}"
     if not report.entries:
         return f"{title}\n\nNo usage is recorded there.\n"
-    columns = [_Column("Block", 0, is_number=False, cell=partial(_key, 0)), *_amount_columns(report)]
+    columns = [_Column("Block", 0, is_number=False, cells=partial(_keys, 0)), *_amount_columns(report)]
     table = _fit(columns, report.entries, Entry(("Total",), (), (), report.total), width)
     header, rows, footer = table[:2], iter(table[2:-2]), table[-2:]
     lines = [title, "", *header]
@@ -290,21 +290,51 @@ def _burning(shown: ShownBlock, burn: Burn, places: int) -> list[str]:
 
 def as_json(report: Report, scope: Scope) -> str:
     """A report as JSON, every number in full."""
-    rows = [_json_entry(report.kind, entry) for entry in report.entries]
+    import json
+
+    encode = json.JSONEncoder().encode
+    line = _json_line((*KEYS[report.kind], *_TITLES))
+    rows = [line % (*map(encode, entry.keys), *_json_values(entry)) for entry in report.entries]
     return _dump(report, scope, {"rows": rows})
 
 
 def blocks_json(shown: Sequence[ShownBlock], limits: Sequence[ShownLimit], report: Report, scope: Scope) -> str:
+    titles = ("start", "end", "gap", "active", *_TITLES)
+    line, active_line = _json_line(titles), _json_line((*titles, "burn"))
     rows = []
     for one in shown:
-        begin, end = (_iso(hour * 3600) for hour in one.block[:2])
-        row: dict[str, object] = {"start": begin, "end": end, "gap": one.block.is_gap, "active": one.burn is not None}
-        row |= {"models": one.entry.models, "tools": one.entry.tools, **_amounts(one.entry.amount)}
-        if one.burn is not None:
-            row["burn"] = _burn(one.burn)
-        rows.append(row)
-    told: list[dict[str, object]] = [limit._asdict() for limit in limits]
-    return _dump(report, scope, {"blocks": rows, "limits": told})
+        begin, end, *_ = one.block
+        values = (f'"{_iso(begin)}"', f'"{_iso(end)}"', *_flags(one), *_json_values(one.entry))
+        rows.append(line % values if one.burn is None else active_line % (*values, _json(_burn(one.burn))))
+    return _dump(report, scope, {"blocks": rows, "limits": [_json(limit._asdict()) for limit in limits]})
+
+
+def _json_line(titles: Iterable[str]) -> str:
+    """An object with a place for each value: to encode every object by itself takes three times as long."""
+    return "{" + ", ".join(f"{_json(title)}: %s" for title in titles) + "}"
+
+
+def _json_values(entry: Entry) -> tuple[object, ...]:
+    """The values of _TITLES; a number's text is its JSON."""
+    amount = entry.amount
+    names = _json_names(entry.models), _json_names(entry.tools)
+    return *names, *amount[: len(_NUMBERS)], amount.cost / NANO, amount.unpriced
+
+
+@cache
+def _json_names(names: tuple[str, ...]) -> str:
+    return _json(names)
+
+
+def _json(value: object) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+def _flags(shown: ShownBlock) -> tuple[str, str]:
+    """Whether it is a gap, and whether it is active; in JSON and CSV."""
+    return str(shown.block.is_gap).lower(), str(shown.burn is not None).lower()
 
 
 def _burn(burn: Burn) -> dict[str, float]:
@@ -317,9 +347,7 @@ def _burn(burn: Burn) -> dict[str, float]:
     }
 
 
-def _dump(report: Report, scope: Scope, rows: dict[str, list[dict[str, object]]]) -> str:
-    import json
-
+def _dump(report: Report, scope: Scope, lists: dict[str, list[str]]) -> str:
     told = {
         "report": report.kind,
         "timezone": scope.timezone,
@@ -327,45 +355,34 @@ def _dump(report: Report, scope: Scope, rows: dict[str, list[dict[str, object]]]
         "until": scope.until or None,
         "complete": scope.complete,
     }
-    sums = {"total": _amounts(report.total), "unpriced_models": dict(report.unpriced)}
-    # A row a line: the encoder that indents is six times slower.
-    lists = {name: [f"    {json.dumps(row)}" for row in members] for name, members in rows.items()}
-    members = [
-        *(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in told.items()),
-        *(f"  {json.dumps(name)}: {_listed(lines)}" for name, lines in lists.items()),
-        *(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in sums.items()),
-    ]
-    return "{\n" + ",\n".join(members) + "\n}\n"
+    total = report.total
+    amounts = {**dict(zip(_NUMBERS, total, strict=False)), "cost_usd": total.cost / NANO}
+    sums = {"total": {**amounts, "unpriced_tokens": total.unpriced}, "unpriced_models": dict(report.unpriced)}
+    members = {
+        **{name: _json(value) for name, value in told.items()},
+        **{name: _listed(lines) for name, lines in lists.items()},
+        **{name: _json(value) for name, value in sums.items()},
+    }
+    return "{\n" + ",\n".join(f"  {_json(name)}: {value}" for name, value in members.items()) + "\n}\n"
 
 
 def _listed(lines: list[str]) -> str:
-    """A JSON array with a line for each member."""
-    return "[\n" + ",\n".join(lines) + "\n  ]" if lines else "[]"
+    """A JSON array with a line for each member: the encoder that indents is six times slower."""
+    return "[\n    " + ",\n    ".join(lines) + "\n  ]" if lines else "[]"
 
 
-def _json_entry(kind: str, entry: Entry) -> dict[str, object]:
-    names: dict[str, object] = dict(zip(KEYS[kind], entry.keys, strict=True))
-    return {**names, "models": entry.models, "tools": entry.tools, **_amounts(entry.amount)}
-
-
-def _amounts(amount: Amount) -> dict[str, object]:
-    counts: dict[str, object] = dict(zip(_NUMBERS, _numbers(amount), strict=True))
-    return {**counts, "cost_usd": amount.cost / NANO, "unpriced_tokens": amount.unpriced}
-
-
-def _iso(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+def _iso(hour: int) -> str:
+    return f"{period('daily', hour // 24)}T{hour % 24:02}:00:00Z"
 
 
 # --- CSV -------------------------------------------------------------------------------------------------------
 
-_CSV_TITLES = ("models", "tools", *_NUMBERS, "cost_usd", "unpriced_tokens")
 _BURN_TITLES = tuple(_burn(Burn(0, 0, 0, 0, 0)))
 
 
 def as_csv(report: Report) -> str:
     """A report as CSV with a line of titles and none for the sum; text that a spreadsheet would calculate is quoted."""
-    return _csv((*KEYS[report.kind], *_CSV_TITLES), map(_csv_entry, report.entries))
+    return _csv((*KEYS[report.kind], *_TITLES), map(_csv_entry, report.entries))
 
 
 def blocks_csv(shown: Sequence[ShownBlock]) -> str:
@@ -373,25 +390,25 @@ def blocks_csv(shown: Sequence[ShownBlock]) -> str:
     rows = []
     for one in shown:
         start, end, *rest = _csv_entry(one.entry)
-        flags = (str(flag).lower() for flag in (one.block.is_gap, one.burn is not None))
-        burn = map(str, _burn(one.burn).values()) if one.burn is not None else [""] * len(_BURN_TITLES)
-        rows.append([start, end, *flags, *rest, *burn])
-    return _csv((*KEYS["blocks"], "gap", "active", *_CSV_TITLES, *_BURN_TITLES), rows)
+        burn = _burn(one.burn).values() if one.burn is not None else [""] * len(_BURN_TITLES)
+        rows.append([start, end, *_flags(one), *rest, *burn])
+    return _csv((*KEYS["blocks"], "gap", "active", *_TITLES, *_BURN_TITLES), rows)
 
 
-def _csv_entry(entry: Entry) -> list[str]:
-    texts = [*entry.keys, " ".join(entry.models), " ".join(entry.tools)]
-    counts = map(str, _numbers(entry.amount))
-    return [*map(_inert, texts), *counts, f"{entry.amount.cost / NANO:.9f}", str(entry.amount.unpriced)]
+def _csv_entry(entry: Entry) -> list[object]:
+    amount = entry.amount
+    texts = map(_inert, (*entry.keys, " ".join(entry.models), " ".join(entry.tools)))
+    return [*texts, *amount[: len(_NUMBERS)], f"{amount.cost / NANO:.9f}", amount.unpriced]
 
 
+@cache
 def _inert(cell: str) -> str:
     """A text that no spreadsheet takes for a formula."""
     cell = plain(cell)
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
 
 
-def _csv(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _csv(titles: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     import csv
     import io
 

@@ -22,7 +22,7 @@ from bridge.usage_store import REQUESTS, RollupKey, UsageStore
 
 COMMANDS = (
     *(f"report {kind}" for kind in (*KINDS, "blocks")),
-    "report session --json",
+    *(f"report {kind} {form}" for kind in ("session", "blocks") for form in ("--json", "--csv")),
 )
 NOW = int(time.time())
 
