@@ -12,7 +12,8 @@ def run() -> None:
     except SystemExit as end:
         if not _is_short() or not isinstance(end.code, int):
             raise
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed
+            sys.stdout.flush()
         os._exit(end.code)  # to take itself apart the interpreter needs as long as a tenth of a status line
 
 

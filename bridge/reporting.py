@@ -1,5 +1,6 @@
 """The command `report`: asks the database, also while a bridge writes it, and prints a table, JSON or CSV."""
 
+import errno
 import io
 import os
 import sqlite3
@@ -63,13 +64,25 @@ def run(options: Namespace, environment: Mapping[str, str], home: str) -> int:
     is_complete = _tell_progress(found.progress, place)
     _tell_unmatched(found.names, selection)
     scope = _scope(selection, zone, is_complete=is_complete)
+    return _print(_rendered(options, found, selection, zone, scope, now))
+
+
+def _print(text: str) -> int:
+    """Write all of it to standard output; the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        sys.stdout.write(_rendered(options, found, selection, zone, scope, now))
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
+        sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # a pager that was left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if sys.stdout is not None:  # what is left in it goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # a pager that was left
+            return os.EX_OK
+        sys.stderr.write(f"claude-otel-bridge: cannot write to standard output: {error.strerror}\n")
+        return os.EX_IOERR
     return os.EX_OK
 
 

@@ -652,6 +652,21 @@ def test_another_schema_and_a_damaged_database_are_refused(state: State, report:
     assert "doctor" in output.errors
 
 
+@pytest.mark.parametrize(("redirected", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")])
+def test_an_output_that_takes_nothing_is_told_without_a_traceback(told: State, redirected: str, why: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = f"exec {sys.executable} -m bridge report --state-dir {told.directory} {redirected}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (74, f"claude-otel-bridge: cannot write to standard output: {why}\n")
+
+
+def test_a_pager_may_be_left_at_once(told: State) -> None:
+    command = f"({sys.executable} -m bridge report --state-dir {told.directory}; echo $? >&2) | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == "0\n"
+
+
 def test_a_report_loads_nothing_that_starts_slowly(told: State, tmp_path: Path) -> None:
     script = (
         "import sys; from bridge.__main__ import main; import atexit;"
