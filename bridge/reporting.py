@@ -48,6 +48,8 @@ def run(options: Namespace, environment: Mapping[str, str], home: str) -> int:
     """Print the report that is asked for; the exit code."""
     now = int(time.time())
     try:
+        if options.active and options.kind != "blocks":
+            raise Refused("--active is for blocks: claude-otel-bridge report blocks --active")
         place = find(vars(options), sys.platform, environment, home)
         zone = _zone(options.timezone, now)
         selection = _selection(options, _today(zone, now))

@@ -667,6 +667,12 @@ def test_a_pager_may_be_left_at_once(told: State) -> None:
     assert done.stderr == "0\n"
 
 
+def test_only_blocks_can_be_active(report: Report) -> None:
+    output = report("daily", "--active")
+    assert (output.code, output.text) == (64, "")
+    assert output.errors == "claude-otel-bridge: --active is for blocks: claude-otel-bridge report blocks --active\n"
+
+
 def test_a_report_loads_nothing_that_starts_slowly(told: State, tmp_path: Path) -> None:
     script = (
         "import sys; from bridge.__main__ import main; import atexit;"
