@@ -175,8 +175,9 @@ def display_width(cell: str) -> int:
     """Columns that a text takes on a terminal."""
     if cell.isascii():
         return len(cell)
+    cell = unicodedata.normalize("NFC", cell)  # names of files may come in parts, each of which has a width
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in cell)
-    return len(cell) + wide - sum(bool(unicodedata.combining(character)) for character in cell)
+    return len(cell) + wide - sum(unicodedata.category(character) in ("Mn", "Me") for character in cell)
 
 
 def plain(name: str) -> str:

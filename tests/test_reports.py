@@ -673,6 +673,20 @@ def test_only_blocks_can_be_active(report: Report) -> None:
     assert output.errors == "claude-otel-bridge: --active is for blocks: claude-otel-bridge report blocks --active\n"
 
 
+def test_the_width_of_a_name_is_that_on_a_terminal() -> None:
+    def f(name: str, want: int) -> None:
+        assert tables.display_width(name) == want, ascii(name)
+
+    f("app", 3)
+    f("caf\u00e9", 4)
+    f("cafe\u0301", 4)
+    f("\u5834\u6240", 4)
+    f("\ud55c", 2)
+    f("\u1112\u1161\u11ab", 2)  # the same syllable as macOS spells it in the names of files
+    f("\u0e17\u0e35\u0e48", 1)  # Thai: a vowel and a tone above a consonant
+    f("\u0928\u094d", 1)  # Hindi: a consonant without its vowel
+
+
 def test_a_report_loads_nothing_that_starts_slowly(told: State, tmp_path: Path) -> None:
     script = (
         "import sys; from bridge.__main__ import main; import atexit;"
