@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache, partial
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bridge.reports import KEYS, Amount, Block, Burn, Entry, Report, period
 
@@ -46,12 +46,16 @@ class Scope(NamedTuple):
 
 
 class _Column(NamedTuple):
-    """`priority`: the column with the greatest goes first when there is no room; 0 stays."""
+    """`priority`: the column with the greatest goes first when there is no room; 0 stays. Cells are texts or ints."""
 
     title: str
     priority: int
     is_number: bool
-    cells: Callable[[Sequence[Entry]], list[str]]
+    cells: Callable[[Sequence[Entry]], list[Any]]
+
+    @property
+    def align(self) -> str:
+        return ">" if self.is_number else "<"
 
 
 def text(report: Report, scope: Scope, width: int) -> str:
@@ -100,8 +104,8 @@ def _sessions(entries: Sequence[Entry]) -> list[str]:
 
 def _amount_columns(report: Report) -> list[_Column]:
     def number(title: str, priority: int, name: str) -> _Column:
-        values = partial(map, attrgetter(f"amount.{name}"))
-        return _Column(title, priority, is_number=True, cells=lambda entries: [f"{n:,}" for n in values(entries)])
+        value = attrgetter(f"amount.{name}")
+        return _Column(title, priority, is_number=True, cells=lambda entries: list(map(value, entries)))
 
     models = [_Column("Models", 1, is_number=False, cells=lambda entries: [_models(entry.models) for entry in entries])]
     return [
@@ -137,34 +141,39 @@ def _places(report: Report) -> int:
 def _fit(columns: list[_Column], entries: Sequence[Entry], whole: Entry, width: int) -> list[str]:
     """The rows of a table, without the columns that do not fit."""
     cells = {
-        column: [column.title, *(column.cells([*entries, whole]) if column.is_number else (*column.cells(entries), ""))]
+        column: column.cells([*entries, whole]) if column.is_number else [*column.cells(entries), ""]
         for column in columns
     }
     cells[columns[0]][-1] = "Total"
-    widths = {column: _width(cells[column]) for column in columns}
+    widths = {column: max(len(column.title), _width(cells[column])) for column in columns}
     while sum(widths.values()) + 2 * (len(widths) - 1) > width:
         victim = max(widths, key=lambda column: column.priority)
         if not victim.priority:
             break
         del widths[victim]
-    rules = ["─" * size for size in widths.values()]
-    whole_columns = [_padded(cells[column], size, right=column.is_number) for column, size in widths.items()]
-    header, *rows, footer = ("  ".join(row).rstrip() for row in zip(*whole_columns, strict=True))
-    rule = "  ".join(rules)
-    return [header, rule, *rows, rule, footer]
+    header = "  ".join(f"{column.title:{column.align}{size}}" for column, size in widths.items())
+    rule = "  ".join("─" * size for size in widths.values())
+    # Numbers become text with their row: there are thousands of cells.
+    forms, shown = zip(*(_formed(cells[column], size, column) for column, size in widths.items()), strict=True)
+    *rows, footer = [row.rstrip() for row in map("  ".join(forms).format, *shown)]
+    return [header.rstrip(), rule, *rows, rule, footer]
 
 
-def _width(cells: Sequence[str]) -> int:
+def _width(cells: Sequence[Any]) -> int:
     """As wide as the widest."""
+    if isinstance(cells[0], int):
+        return max(len(f"{number:,}") for number in (min(cells), max(cells)))
     return max(map(len if _is_ascii(cells) else display_width, cells))
 
 
-def _padded(cells: Sequence[str], size: int, *, right: bool) -> list[str]:
-    """Cells, each as wide as `size`."""
+def _formed(cells: Sequence[Any], size: int, column: _Column) -> tuple[str, Sequence[Any]]:
+    """The form of cells that makes them as wide as `size`, and what to put into it."""
+    if isinstance(cells[0], int):
+        return f"{{:{size},}}", cells
     if _is_ascii(cells):
-        return [cell.rjust(size) for cell in cells] if right else [cell.ljust(size) for cell in cells]
+        return f"{{:{column.align}{size}}}", cells
     spaces = (" " * (size - display_width(cell)) for cell in cells)
-    return [space + cell if right else cell + space for cell, space in zip(cells, spaces, strict=True)]
+    return "{}", [space + cell if column.is_number else cell + space for cell, space in zip(cells, spaces, strict=True)]
 
 
 def _is_ascii(cells: Sequence[str]) -> bool:
