@@ -57,7 +57,10 @@ def measured(command: list[str], environment: dict[str, str], runs: int) -> tupl
     found = []
     for _ in range(runs):
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
+        # Not from the clone, which Python would take the bridge from whatever is installed.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment, cwd=environment["HOME"]
+        )
         assert process.stdin is not None
         process.stdin.write(b'{"model":{"display_name":"Opus"},"cost":{"total_cost_usd":1}}')
         process.stdin.close()
