@@ -36,6 +36,7 @@ from bridge.model import (
     UsageCell,
     Value,
     attribute_text,
+    text_in,
 )
 from bridge.otlp import REDACTED
 from bridge.store import (
@@ -180,6 +181,7 @@ class _Books(msgspec.Struct):
     exemplars: dict[int, Exemplar] = {}
     limited: Counter[str] = msgspec.field(default_factory=Counter)
     new_writers: set[int] = set()
+    new_in_all: int = 0
     new_series: Counter[int] = msgspec.field(default_factory=Counter)
     new_of_source: Counter[str] = msgspec.field(default_factory=Counter)
 
@@ -512,8 +514,7 @@ class Bookkeeper:
         """A series that had left comes back as a new counter; above a limit, its stream feeds the overflow series."""
         setting = self._limit_met(origin)
         if setting is None:
-            self._books.new_series[origin.row.id] += 1
-            self._books.new_of_source[origin.source] += 1
+            self._count_new(origin.row.id, origin.source)
             row = replace(row, base=row.value or 0, born=self._commits + 1, birth=self._now)
             return self._store.restart_series(row)
         series = self._overflow_of(origin, setting)
@@ -641,15 +642,16 @@ class Bookkeeper:
         key: bytes = hasher.digest()
         stream = self._streams.get(key)
         if stream is None:
-            whose = _whose(origin, point.attributes)
+            attributes = dict(point.attributes)
+            whose = _whose(origin, text_in(attributes, "session.id"))
             # What nobody has written until now is hardly there; where it is nevertheless, as after other settings,
             # adding it finds that out.
             is_new = self._writer_ids.get(whose) in self._books.new_writers
             row = None if is_new else self._store.stream(key)
             if row is None:
                 row = self._add_stream(key, origin, point.attributes, whose, is_new=is_new)
-            total = claude_code.total_key(point.metric.name, point.attributes) if origin.scale else None
-            cell = known.usage_cell(point.metric, point.attributes)
+            total = claude_code.total_key(point.metric.name, attributes) if origin.scale else None
+            cell = known.usage_cell(point.metric, attributes)
             stream = self._streams[key] = _Stream(*row, total, cell)
         if len(encoded) <= MAX_CACHED_ATTRIBUTES:
             origin.streams[point.attributes] = stream
@@ -686,16 +688,20 @@ class Bookkeeper:
         """The setting that forbids one more series of a metric and source; None when there is room."""
         metric, source = origin.row.id, origin.source
         of_metric, of_source, in_all = self._live(metric, source)
-        new, settings = self._books.new_series, self._settings
-        new_of_source = self._books.new_of_source[source]
-        for count, setting, most in (
-            (in_all + new.total(), "limits.series", settings.max_series),
-            (of_metric + new[metric], "limits.series_per_metric", settings.max_series_per_metric),
-            (of_source + new_of_source if source else -1, "limits.series_per_source", settings.max_series_per_source),
-        ):
-            if count >= most:
-                return setting
+        books, settings = self._books, self._settings
+        if in_all + books.new_in_all >= settings.max_series:
+            return "limits.series"
+        if of_metric + books.new_series[metric] >= settings.max_series_per_metric:
+            return "limits.series_per_metric"
+        if source and of_source + books.new_of_source[source] >= settings.max_series_per_source:
+            return "limits.series_per_source"
         return None
+
+    def _count_new(self, metric: int, source: str) -> None:
+        """One more series is shown than before this transaction."""
+        self._books.new_in_all += 1
+        self._books.new_series[metric] += 1
+        self._books.new_of_source[source] += 1
 
     def _series_of(
         self, origin: _Origin, job: str, instance: str, labels: tuple[tuple[str, str], ...], setting: str | None = None,
@@ -723,8 +729,7 @@ class Bookkeeper:
             new = replace(new, born=0)
         row, is_new = self._store.add_series(key, new)
         if is_new:
-            self._books.new_series[metric.id] += 1
-            self._books.new_of_source[origin.source] += 1
+            self._count_new(metric.id, origin.source)
             self._books.series[row.id] = row
         return row
 
@@ -785,9 +790,8 @@ class Bookkeeper:
         return row
 
 
-def _whose(origin: _Origin, attributes: Attributes) -> tuple[str, ...]:
+def _whose(origin: _Origin, session: str) -> tuple[str, ...]:
     """Who writes a stream: a session or a service instance; empty for nobody."""
-    session = attribute_text(dict(attributes).get("session.id", ""))
     if not session and not origin.instance:
         return ()
     return origin.job, origin.instance, session, *([origin.source] if origin.source else [])
@@ -820,7 +824,7 @@ def _refusal(origin: _Origin, point: DataPoint) -> Drop | None:
         return Drop.IMPLAUSIBLE
     if isinstance(value, Histogram | ExponentialHistogram) and (value.sum or 0) > MAX_JOINED:
         most = MAX_JOINED if point.metric.temporality is Temporality.DELTA else MAX_JOINED * CUMULATIVE_FACTOR
-        if (value.sum or 0) > most and known.usage_cell(point.metric, point.attributes) is not None:
+        if (value.sum or 0) > most and known.usage_cell(point.metric, dict(point.attributes)) is not None:
             return Drop.IMPLAUSIBLE
     return refusal(point.metric, value)
 

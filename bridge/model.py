@@ -30,6 +30,12 @@ def attribute_text(value: AttributeValue) -> str:
     return value if isinstance(value, str) else value.text
 
 
+def text_in(attributes: Mapping[str, AttributeValue], key: str) -> str:
+    """The value of one of some attributes as a label value; empty where there is none."""
+    value = attributes.get(key, "")
+    return value if isinstance(value, str) else value.text
+
+
 Labels = tuple[tuple[str, str], ...]
 """Names and values, sorted by name."""
 

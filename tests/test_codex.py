@@ -196,7 +196,7 @@ def test_the_token_metric(kind: str, cell: str | None) -> None:
     metric = Metric("codex.turn.token_usage", Kind.HISTOGRAM, Temporality.DELTA)
     attributes = (("model", "gpt-5.5"), ("token_type", kind))
     expected = cell and UsageCell(codex.TOOL, "", "gpt-5.5", cell)
-    assert known.usage_cell(metric, attributes) == expected
+    assert known.usage_cell(metric, dict(attributes)) == expected
 
 
 @pytest.mark.parametrize("service", ["codex_cli_rs", "codex_exec", "codex_tui", "codex-app-server"])

@@ -125,7 +125,7 @@ def test_tools_that_are_known_are_not_counted_again(service: str) -> None:
     event = Event("gen_ai.client.inference.operation.details", {"gen_ai.usage.input_tokens": 5}, 5, resource)
     assert known.read_events([event]) == ([], [], [])
     metric = Metric("gen_ai.client.token.usage", Kind.HISTOGRAM, Temporality.DELTA, resource=resource)
-    assert known.usage_cell(metric, (("gen_ai.token.type", "input"),)) is None
+    assert known.usage_cell(metric, {"gen_ai.token.type": "input"}) is None
 
 
 # --- traces --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from bridge.join import KINDS, Cell
 from bridge.model import (
     Attributes,
+    AttributeValue,
     DataPoint,
     Drop,
     Event,
@@ -25,7 +26,7 @@ from bridge.model import (
     Temporality,
     Usage,
     UsageCell,
-    attribute_text,
+    text_in,
 )
 from bridge.tools.claude_code_lines import TOOL, disjoint
 from bridge.tools.events import called, plain, timed, told
@@ -114,24 +115,24 @@ JOINED_TOTALS = {
 _CELL_KINDS = {"input": "input", "output": "output", "cacheRead": "cache_read", "cacheCreation": "cache_write"}
 
 
-def total_key(metric: str, attributes: Attributes) -> str | None:
+def total_key(metric: str, attributes: Mapping[str, AttributeValue]) -> str | None:
     """The lifetime total that a point of this metric adds to; None where it has none, or a joined one."""
     if metric in _PLAIN_TOTALS:
         return _PLAIN_TOTALS[metric]
     if metric not in _TOTALS:
         return None
     attribute, totals = _TOTALS[metric]
-    return next((totals.get(attribute_text(value)) for key, value in attributes if key == attribute), None)
+    return totals.get(text_in(attributes, attribute))
 
 
-def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
+def usage_cell(metric: Metric, attributes: Mapping[str, AttributeValue]) -> UsageCell | None:
     """What a point of the token or cost metric tells of; None for other metrics."""
     if metric.kind is not Kind.COUNTER or metric.name not in ("claude_code.token.usage", "claude_code.cost.usage"):
         return None
-    values = dict(attributes)
-    session, model, kind = (attribute_text(values.get(key, "")) for key in ("session.id", "model", "type"))
-    counted = "usd" if metric.name == "claude_code.cost.usage" else _CELL_KINDS.get(kind)
-    return None if counted is None else UsageCell(TOOL, session, model, counted)
+    kind = "usd" if metric.name == "claude_code.cost.usage" else _CELL_KINDS.get(text_in(attributes, "type"))
+    if kind is None:
+        return None
+    return UsageCell(TOOL, text_in(attributes, "session.id"), text_in(attributes, "model"), kind)
 
 
 # --- how it is told to export here -----------------------------------------------------------------------------

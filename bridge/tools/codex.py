@@ -4,7 +4,9 @@ Source: recorded exports of client 0.171.0, checked 2026-11-28. Metrics are delt
 session; events have the thread's id as `conversation.id`, and no id of the response.
 """
 
-from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Source, Usage, UsageCell, attribute_text
+from collections.abc import Mapping
+
+from bridge.model import AttributeValue, DataPoint, Drop, Event, Kind, Metric, Source, Usage, UsageCell, text_in
 from bridge.tools.codex_lines import TOOL, disjoint
 from bridge.tools.events import called, plain, timed, told
 from bridge.tools.fields import digest, milliseconds, number_of, text_of
@@ -20,13 +22,12 @@ _CELL_KINDS = {"input": "prompt", "cached_input": "cached", "cache_write_input":
 """`total` and `reasoning_output` are in these already."""
 
 
-def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
+def usage_cell(metric: Metric, attributes: Mapping[str, AttributeValue]) -> UsageCell | None:
     """What a point of the token metric tells of; None for other metrics."""
     if metric.name != _TOKENS or metric.kind not in (Kind.HISTOGRAM, Kind.EXPONENTIAL):
         return None
-    texts = {key: attribute_text(value) for key, value in attributes if key in ("model", "token_type")}
-    kind = _CELL_KINDS.get(texts.get("token_type", ""))
-    return None if kind is None else UsageCell(TOOL, "", texts.get("model", ""), kind)
+    kind = _CELL_KINDS.get(text_in(attributes, "token_type"))
+    return None if kind is None else UsageCell(TOOL, "", text_in(attributes, "model"), kind)
 
 
 def is_of_a_session(key: str, text: str) -> bool:

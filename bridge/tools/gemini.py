@@ -6,7 +6,9 @@ GenAI conventions. The first of each pair is read: it is the one that knows of c
 was read from a cache.
 """
 
-from bridge.model import Attributes, DataPoint, Drop, Event, Kind, Metric, Source, Usage, UsageCell, attribute_text
+from collections.abc import Mapping
+
+from bridge.model import AttributeValue, DataPoint, Drop, Event, Kind, Metric, Source, Usage, UsageCell, text_in
 from bridge.tools.events import called, plain, timed, told
 from bridge.tools.fields import MAX_COUNT, digest, number_of, text_of
 from bridge.tools.gemini_lines import TOOL, disjoint
@@ -42,14 +44,15 @@ EVENT_KEYS = {f"{prefix}.{name}": keys for prefix in TOOLS for name, keys in _KE
 or a model wrote, no arguments, no error text, though by default the client sends all of it."""
 
 
-def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
+def usage_cell(metric: Metric, attributes: Mapping[str, AttributeValue]) -> UsageCell | None:
     """What a point of the token metric tells of; None for other metrics."""
     if metric.kind is not Kind.COUNTER or metric.name not in QUANTITIES:
         return None
-    texts = {key: attribute_text(value) for key, value in attributes if key in ("session.id", "model", "type")}
-    kind = _CELL_KINDS.get(texts.get("type", ""))
+    kind = _CELL_KINDS.get(text_in(attributes, "type"))
+    if kind is None:
+        return None
     tool = TOOLS[metric.name.partition(".")[0]]
-    return None if kind is None else UsageCell(tool, texts.get("session.id", ""), texts.get("model", ""), kind)
+    return UsageCell(tool, text_in(attributes, "session.id"), text_in(attributes, "model"), kind)
 
 
 def read_event(event: Event) -> Usage | Drop | None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from bridge.model import (
-    Attributes,
+    AttributeValue,
     DataPoint,
     Drop,
     Event,
@@ -24,7 +24,7 @@ from bridge.model import (
     SpanRank,
     Usage,
     UsageCell,
-    attribute_text,
+    text_in,
 )
 from bridge.tools.fields import MAX_COUNT, digest, number_of, text_of
 from bridge.tools.tool import Quantity
@@ -88,16 +88,17 @@ def repeats(points: Iterable[DataPoint]) -> frozenset[Metric]:
     )
 
 
-def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
+def usage_cell(metric: Metric, attributes: Mapping[str, AttributeValue]) -> UsageCell | None:
     """What a point of a token metric tells of; None for other metrics."""
-    texts = {key: attribute_text(value) for key, value in attributes}
     if metric.name == _TOKEN_USAGE and metric.kind in (Kind.HISTOGRAM, Kind.EXPONENTIAL):
-        kind = _HISTOGRAM_KINDS.get(texts.get("gen_ai.token.type", ""))
+        kind = _HISTOGRAM_KINDS.get(text_in(attributes, "gen_ai.token.type"))
     else:
         kind = _COUNTERS.get(metric.name) if metric.kind is Kind.COUNTER else None
     if kind is None:
         return None
-    model, session = (next((texts[key] for key in keys if texts.get(key)), "") for keys in (_MODEL, _SESSION))
+    model, session = (
+        next(filter(None, (text_in(attributes, key) for key in keys)), "") for keys in (_MODEL, _SESSION)
+    )  # fmt: skip
     return UsageCell(tool_of(metric.resource.get("service.name")), session, model, kind)
 
 

@@ -4,9 +4,20 @@ Law: this and `transcripts` beside it are the only lists of tools. Each module s
 nothing here does.
 """
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 
-from bridge.model import Attributes, Batch, DataPoint, Drop, Event, Kind, Metric, Refusal, Usage, UsageCell
+from bridge.model import (
+    AttributeValue,
+    Batch,
+    DataPoint,
+    Drop,
+    Event,
+    Kind,
+    Metric,
+    Refusal,
+    Usage,
+    UsageCell,
+)
 from bridge.tools import claude_code, codex, gemini, gemini_lines, genai
 from bridge.tools.tool import Quantity
 
@@ -46,7 +57,7 @@ def _is_repeated(service: str) -> bool:
     return service.lower().replace("_", "-").startswith(tuple(_SERVICES))
 
 
-def usage_cell(metric: Metric, attributes: Attributes) -> UsageCell | None:
+def usage_cell(metric: Metric, attributes: Mapping[str, AttributeValue]) -> UsageCell | None:
     """What a point of this metric tells of usage; None if it tells of none."""
     module = _METRICS.get(metric.name.partition(".")[0])
     if module is None or (module is genai and _is_repeated(metric.resource.get("service.name"))):
