@@ -203,9 +203,8 @@ def select(rows: Iterable[Row], names: Names, selection: Selection) -> Iterator[
         for number, model in names.models.items()
         if is_named(model.tool, selection.tools) and is_named(model.name, selection.models)
     }
-    for row in rows:
-        if row.model in models and _is_below(names.projects.get(row.project, ""), selection.projects):
-            yield row
+    is_below = cache(lambda project: _is_below(names.projects.get(project, ""), selection.projects))
+    yield from (row for row in rows if row.model in models and is_below(row.project))
 
 
 def is_named(name: str, patterns: Sequence[str]) -> bool:
@@ -331,7 +330,7 @@ _weight = attrgetter("cost", "tokens")
 @cache
 def _distinct(used: tuple[Model, ...]) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """Names and tool; None where a sum of several decides their order. Thousands of entries have the same few."""
-    names, tools = tuple(model.name for model in reversed(used)), {model.tool for model in used}
+    names, tools = tuple([model.name for model in reversed(used)]), {model.tool for model in used}
     return (names, tuple(tools)) if len(tools) == 1 and len(set(names)) == len(names) else None
 
 
