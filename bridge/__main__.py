@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from contextlib import suppress
 
 
 def run() -> None:
@@ -12,7 +13,7 @@ def run() -> None:
     except SystemExit as end:
         if not _is_short() or not isinstance(end.code, int):
             raise
-        if sys.stdout is not None:  # closed
+        with suppress(OSError, AttributeError):  # nobody reads it, or it is closed and None
             sys.stdout.flush()
         os._exit(end.code)  # to take itself apart the interpreter needs as long as a tenth of a status line
 

@@ -661,8 +661,9 @@ def test_an_output_that_takes_nothing_is_told_without_a_traceback(told: State, r
     assert (done.returncode, done.stderr) == (74, f"claude-otel-bridge: cannot write to standard output: {why}\n")
 
 
-def test_a_pager_may_be_left_at_once(told: State) -> None:
-    command = f"({sys.executable} -m bridge report --state-dir {told.directory}; echo $? >&2) | true"
+@pytest.mark.parametrize("flag", ["--csv", "--help"])
+def test_a_pager_may_be_left_at_once(told: State, flag: str) -> None:
+    command = f"({sys.executable} -m bridge report {flag} --state-dir {told.directory}; echo $? >&2) | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == "0\n"
 
