@@ -11,6 +11,7 @@ import sqlite3
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from bridge import place, report_store, reports
@@ -65,8 +66,9 @@ def main(environment: Mapping[str, str], home: str, flags: Mapping[str, Any] | N
     limits = limits_of(told, now)
     runs = bool(where.state_dir) and is_running(where.state_dir)
     text = line(told, limits, spent, now, runs=runs)
-    sys.stdout.buffer.write(text.encode(errors="replace") + b"\n")
-    sys.stdout.flush()
+    with suppress(OSError, AttributeError):  # nobody reads it, or it is closed and None
+        sys.stdout.buffer.write(text.encode(errors="replace") + b"\n")
+        sys.stdout.flush()
     news = [limit for limit in limits if spent is None or is_news(limit, spent.known, now)]
     if news and runs:
         post(where.listen, body(news, now), environment.get("BRIDGE_TOKEN", "").strip())

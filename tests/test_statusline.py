@@ -159,6 +159,16 @@ def test_a_fault_of_ours_is_a_line_as_well(state: State, run: Run, monkeypatch: 
     assert run(TOLD, state.directory) == "claude-otel-bridge: ZeroDivisionError; claude-otel-bridge doctor says more"
 
 
+@pytest.mark.parametrize("redirected", [">/dev/full", ">&-"])
+def test_a_line_that_nobody_takes_is_no_fault(tmp_path: Path, redirected: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    command = f"echo {{}} | {sys.executable} -m bridge statusline {redirected}"
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_running_bridge_learns_of_the_limits_and_not_twice_a_minute(
     make_daemon: Callable[..., Daemon], run: Run, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
