@@ -101,7 +101,10 @@ def _zone(name: str | None, now: int) -> Zone:
     try:
         found = zoneinfo.ZoneInfo(name)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        raise Refused(f"--timezone {name}: expected a name such as Europe/Berlin or UTC") from None
+        expected = "expected a name such as Europe/Berlin or UTC"
+        if not zoneinfo.available_timezones():
+            expected = "this system has no time zones; install its package tzdata, or ask for UTC"
+        raise Refused(f"--timezone {name}: {expected}") from None
     return Zone(name, lambda at: _offset(found, at))
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import zoneinfo
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -666,6 +667,21 @@ def test_a_pager_may_be_left_at_once(told: State, flag: str) -> None:
     command = f"({sys.executable} -m bridge report {flag} --state-dir {told.directory}; echo $? >&2) | true"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stderr == "0\n"
+
+
+def test_a_machine_without_time_zones_is_told_of_as_that(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoneinfo.ZoneInfo.clear_cache()
+    zoneinfo.reset_tzpath(to=())
+    monkeypatch.setitem(sys.modules, "tzdata", None)
+    try:
+        output = report(zone="Europe/Berlin")
+    finally:
+        zoneinfo.reset_tzpath()
+    assert output.code == 64
+    assert output.errors == (
+        "claude-otel-bridge: --timezone Europe/Berlin: this system has no time zones; install its package tzdata,"
+        " or ask for UTC\n"
+    )  # fmt: skip
 
 
 def test_only_blocks_can_be_active(report: Report) -> None:
