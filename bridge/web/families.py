@@ -6,7 +6,7 @@ of a sample of another family. Two attribute sets that become one label set are 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -38,7 +38,14 @@ _OUR_NAMES = frozenset(
 RESERVED = frozenset({"job", "instance"})
 SOURCE_LABEL = "source"
 """The token that a series came with. Where there are tokens no attribute of a client gets this name."""
-_RESERVED_OF = {"histogram": RESERVED | {"le"}, "summary": RESERVED | {"quantile"}}
+_RESERVED_OF = {"histogram": frozenset({"le"}), "summary": frozenset({"quantile"})}
+_KINDS = {kind.value: kind for kind in Kind}
+
+
+@cache
+def _reserved(kind: str, *, has_sources: bool) -> frozenset[str]:
+    """Label names that no attribute of a client gets in families of a Prometheus type."""
+    return RESERVED | _RESERVED_OF.get(kind, frozenset()) | ({SOURCE_LABEL} if has_sources else frozenset())
 
 
 class Family(NamedTuple):
@@ -74,7 +81,7 @@ class Families:
     @property
     def reserved(self) -> frozenset[str]:
         """Label names that no attribute of a client gets."""
-        return RESERVED | {SOURCE_LABEL} if self._has_sources() else RESERVED
+        return _reserved("", has_sources=self._has_sources())
 
     def families(self, escaping: Escaping | None) -> list[Family]:
         """All families, in the order of their first metric; also those that show nothing now."""
@@ -142,7 +149,7 @@ class Families:
         self, family: Family, metric: MetricRow, series: Series, scraper: int, escaping: Escaping | None
     ) -> Shown | None:
         """One series by itself; None where it shows nothing."""
-        value, is_newborn = _value(series, Kind(metric.kind), scraper)
+        value, is_newborn = _value(series, _KINDS[metric.kind], scraper)
         if value is None:
             return None
         labels = (series.labels if escaping is None else "") or self._labels(series, family.kind, escaping)
@@ -150,7 +157,7 @@ class Families:
 
     def _labels(self, series: Series, kind: str, escaping: Escaping | None) -> str:
         row = series.row
-        reserved = _RESERVED_OF.get(kind, self.reserved) | self.reserved
+        reserved = _reserved(kind, has_sources=self._has_sources())
         if escaping is None and (row.job or row.instance):
             keys, values = zip(*row.labels, ("job", row.job), ("instance", row.instance), strict=True)
             arranged = _arranged(keys, self._strategy, reserved)
