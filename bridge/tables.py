@@ -197,9 +197,19 @@ def plain(name: str) -> str:
 
 
 def _projects(at: int, most: int, entries: Sequence[Entry]) -> list[str]:
-    """The ends of paths: they say the most."""
-    names = [name or "(unknown)" for name in _keys(at, entries)]
-    return [name if len(name) <= most else f"…{name[-most + 1 :]}" for name in names]
+    names = _keys(at, entries)
+    shown = {name: _tail(name, most) or "(unknown)" for name in set(names)}
+    return [shown[name] for name in names]
+
+
+def _tail(name: str, most: int) -> str:
+    """The end of a path, which says the most of it."""
+    if display_width(name) <= most:
+        return name
+    name = name[1 - most :]
+    while display_width(name) >= most:
+        name = name[1:]
+    return f"…{name}"
 
 
 @lru_cache

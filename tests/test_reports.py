@@ -704,6 +704,11 @@ def test_the_width_of_a_name_is_that_on_a_terminal() -> None:
     f("\u0928\u094d", 1)  # Hindi: a consonant without its vowel
 
 
+def test_the_end_of_a_wide_path_takes_no_more_room_than_that_of_another(state: State, report: Report) -> None:
+    state.add("2026-02-14T12:00Z", project="/home/ann/" + "プロジェクト/" * 9)
+    assert " …ジェクト/プロジェクト/  opus-5" in report("session").text
+
+
 def test_a_report_loads_nothing_that_starts_slowly(told: State, tmp_path: Path) -> None:
     script = (
         "import sys; from bridge.__main__ import main; import atexit;"
