@@ -39,17 +39,9 @@ from bridge.model import (
     text_in,
 )
 from bridge.otlp import REDACTED
-from bridge.store import (
-    Damaged,
-    MetricRow,
-    SeriesRow,
-    Snapshot,
-    Store,
-    StoreUnavailable,
-    StreamRow,
-    TargetRow,
-    WriterRow,
-)
+from bridge.rows import MetricRow, SeriesRow, Snapshot, StreamRow, TargetRow, WriterRow
+from bridge.state import Damaged, StoreUnavailable
+from bridge.store import Store
 from bridge.temporality import IDENTITY_BYTES, Run, advance, begins_run, delta_identity, refusal
 from bridge.tools import claude_code, known
 from bridge.usage import UsageBooks, UsageChange

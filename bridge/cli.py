@@ -309,8 +309,9 @@ def _check_prices(config: "Config", file: str) -> None:
 
 
 def _back_up(file: "Path", config: "Config") -> int:
+    from bridge.copies import back_up
     from bridge.daemon import state_directory
-    from bridge.store import StateError, back_up
+    from bridge.state import StateError
 
     try:
         copy = back_up(state_directory(config), file)

@@ -22,6 +22,8 @@ from aiohttp import web
 from bridge import __version__, place, pricing, supervisor, tokens
 from bridge.bookkeeper import LedgerSettings, Recover
 from bridge.config import Config, listened
+from bridge.copies import keep_copy, newest_copy_time
+from bridge.database import DATABASE, SCHEMA_VERSION
 from bridge.descriptors import ADVICE, ran_out
 from bridge.filesystem import distrust
 from bridge.join import KINDS
@@ -39,18 +41,8 @@ from bridge.mark import Mark, MarkUnreadable, checksum, read_mark
 from bridge.model import Usage
 from bridge.pricing import normalise_model
 from bridge.recovery import recover
-from bridge.store import (
-    DATABASE,
-    SCHEMA_VERSION,
-    Damaged,
-    StateError,
-    Store,
-    StoreUnavailable,
-    keep_copy,
-    lock,
-    newest_copy_time,
-    prepare_directory,
-)
+from bridge.state import Damaged, StateError, StoreUnavailable, lock, prepare_directory
+from bridge.store import Store
 from bridge.telemetry import Telemetry, Throttle, configure_log, log
 from bridge.tokens import TokenError, Tokens
 from bridge.tools import known

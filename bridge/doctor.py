@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import NamedTuple
 
-from bridge import __version__, exporters, filesystem, setup, store
+from bridge import __version__, exporters, filesystem, setup
 from bridge.config import Config
+from bridge.database import SCHEMA_VERSION
 from bridge.evidence import (
     SHELL,
     STARTED,
@@ -215,7 +216,7 @@ def check_directory(directory: Directory, user: int) -> Iterator[Finding]:
 
 
 def check_database(inspection: Inspection | str | None) -> Iterator[Finding]:
-    known = store.SCHEMA_VERSION
+    known = SCHEMA_VERSION
     match inspection:
         case None:
             yield Finding(Status.OK, "database", "none yet")
@@ -329,7 +330,7 @@ def check_clock(metrics: Metrics, now: float) -> Iterator[Finding]:
 
 def check_history(inspection: Inspection) -> Iterator[Finding]:
     """What the database remembers of senders and scrapers."""
-    if inspection.version != store.SCHEMA_VERSION:
+    if inspection.version != SCHEMA_VERSION:
         return
     seen = {"delta": inspection.has_deltas, "cumulative": inspection.has_runs}
     if kinds := [kind for kind, is_seen in seen.items() if is_seen]:

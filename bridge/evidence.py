@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from bridge import edits, exporters, filesystem, setup, store
+from bridge import edits, exporters, filesystem, setup, state, store
 from bridge.config import Config
 from bridge.daemon import default_state_dir
 from bridge.listeners import own_certificate, split_address
-from bridge.store import Inspection, StoreUnavailable
+from bridge.state import StoreUnavailable
+from bridge.store import Inspection
 from bridge.tools import claude_code
 from bridge.tools.transcripts import TRANSCRIPTS
 from bridge.web.access import is_loopback
@@ -126,7 +127,7 @@ def gather(config: Config, environment: Mapping[str, str], managed: tuple[Path, 
     endpoints = setup.endpoints(config)
     endpoint = endpoints[0]
     claude_home = setup.target("claude", environment, endpoint).file.parent
-    holder, instance = store.holder(directory)
+    holder, instance = state.holder(directory)
     addresses = list(_loopback((*config.listen, *config.listen_read), is_tls=bool(config.tls.cert)))
     answers = tuple(_ask(place) for place in addresses)
     token = environment.get("BRIDGE_TOKEN", "")

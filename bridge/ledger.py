@@ -29,7 +29,9 @@ import msgspec
 from bridge.bookkeeper import Bookkeeper, Change, LedgerSettings, Post, Recover, source_of
 from bridge.mark import Floors, Mark, Shown, series_name, state_of, write_mark
 from bridge.model import Batch, DataPoint, Exemplar, Kind, Observation, Receipt, TranscriptRow, Usage
-from bridge.store import Damaged, MetricRow, SeriesRow, Snapshot, Store, StoreUnavailable, TargetRow
+from bridge.rows import MetricRow, SeriesRow, Snapshot, TargetRow
+from bridge.state import Damaged, StoreUnavailable
+from bridge.store import Store
 from bridge.tools import known
 from bridge.tools.transcripts import TRANSCRIPTS
 from bridge.usage import Price, Survey, UsageBooks, UsageChange, no_price

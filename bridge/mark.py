@@ -18,7 +18,9 @@ import msgspec
 
 from bridge.database import is_open
 from bridge.model import Value
-from bridge.store import SERVED, THOROUGH_BYTES, MetricRow, SeriesRow, StoreUnavailable, sync
+from bridge.rows import MetricRow, SeriesRow
+from bridge.state import SERVED, StoreUnavailable, sync
+from bridge.store import THOROUGH_BYTES
 from bridge.values import highest, subtract
 
 _MAGIC = b"served 1\n"

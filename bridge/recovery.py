@@ -10,7 +10,9 @@ import os
 import shutil
 from pathlib import Path
 
-from bridge.store import DATABASE, SERVED, Damaged, StateError, sync, time_in_names, whole_copies
+from bridge.copies import time_in_names, whole_copies
+from bridge.database import DATABASE
+from bridge.state import SERVED, Damaged, StateError, sync
 
 _RESTORING = f".{DATABASE}.restoring"
 

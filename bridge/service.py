@@ -25,8 +25,9 @@ from bridge import units
 from bridge.config import NOT_SETTINGS, TOKEN_VARIABLES, Config, listened
 from bridge.control import Host, Launchd, ServiceError, Supervisor, Systemd
 from bridge.daemon import default_state_dir, token_file
+from bridge.database import DATABASE
 from bridge.listeners import StartError, own_certificate, split_address
-from bridge.store import DATABASE, StateError, lock
+from bridge.state import StateError, lock
 from bridge.tokens import TokenError, Tokens
 from bridge.units import NAME, Address
 from bridge.web.access import is_loopback

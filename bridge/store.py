@@ -1,4 +1,4 @@
-"""The state on disk: one SQLite file, and the only code that knows SQL.
+"""The state on disk: one SQLite file, and the code that writes it.
 
 Law: exactly one connection writes, the daemon's, from one thread; others open the file read-only. Every write
 stands in a transaction that ends with a synced commit (WAL, synchronous=FULL), so after a crash the file holds
@@ -26,37 +26,38 @@ the new one.
 """
 
 import contextlib
-import errno
-import fcntl
-import math
 import os
-import re
 import shutil
 import sqlite3
-import stat
-import tempfile
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from pathlib import Path
-from sys import intern
 from typing import Any, NamedTuple
 
 import msgspec
 
-from bridge.database import DATABASE as DATABASE
-from bridge.database import LOCK as LOCK
-from bridge.database import MIGRATIONS as MIGRATIONS
-from bridge.database import SCHEMA_VERSION as SCHEMA_VERSION
-from bridge.database import is_open, open_to_read
-from bridge.descriptors import ADVICE, ran_out
-from bridge.model import ExponentialHistogram, Histogram, Summary, Value, shared
+from bridge.copies import keep_copy, way_back
+from bridge.database import DATABASE, MIGRATIONS, SCHEMA_VERSION, is_open, open_to_read
+from bridge.rows import (
+    PAIRS,
+    SERIES,
+    MetricRow,
+    SeriesRow,
+    Snapshot,
+    StreamRow,
+    TargetRow,
+    WriterRow,
+    fixed_of,
+    proof,
+    proved,
+    proved_series,
+    run_row,
+    series_row,
+    stored,
+    value_proof,
+)
+from bridge.state import DISK_ERRORS, SERVED, Damaged, StateError, StoreUnavailable, refusal, unavailable, verdict
 from bridge.temporality import Run
 
-SERVED = "served.bin"
-DISK_ERRORS = (sqlite3.Error, UnicodeDecodeError)
-"""What reading and writing can raise; the second where a flipped bit has made text that is none."""
 USUAL_CACHE = 2_000
 """Kilobytes of pages in memory."""
 PATIENCE_MS = 100
@@ -65,8 +66,6 @@ PAGE_BYTES, MIN_LOG_PAGES, LOG_PAGES = 4096, 16, 1000
 """Of the write-ahead log, which is emptied into the database when it is so long."""
 THOROUGH_BYTES = 64 * 2**20
 """Up to this size a start compares every index with its table as well: a hundredth of a second for 20 MB."""
-KEPT_COPIES, KEPT_DAYS = 3, 7
-"""Of every schema version the newest copies stay, and the newest of each of as many days."""
 
 _SCHEMA = """
 create table meta (
@@ -197,442 +196,6 @@ create table transcript (
 """
 
 
-class StoreUnavailable(Exception):
-    """The disk or the database did not do what was asked. The text says why; the transaction may have reached the
-    disk or not, except where the disk takes no writes now (full, over quota, read-only, no descriptor left), where it
-    did not."""
-
-    def __init__(self, message: str, *, disk_full: bool = False) -> None:
-        super().__init__(message)
-        self.disk_full = disk_full
-
-
-class StateError(Exception):
-    """The state cannot be used; `exit_code` is a sysexits code, the text says what, where and what to do."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class Damaged(StateError):
-    """The database is there and cannot be believed, or is gone although it was there. A copy may replace it: `finding`
-    says what there is, the text also what can be done."""
-
-    def __init__(self, finding: str, advice: str) -> None:
-        super().__init__(f"{finding}; {advice}", os.EX_DATAERR)
-        self.finding = finding
-
-
-# --- the directory ---------------------------------------------------------------------------------------------
-
-
-def prepare_directory(directory: Path) -> str | None:
-    """Create the state directory for its owner alone; one line for the log if its permissions were tightened.
-
-    Raises StateError when it cannot be made (73), belongs to somebody else or is no real directory, when others could
-    exchange it, when it is shared or holds what is not ours, so that it must not be closed to others, or when a file
-    in it is a link (77).
-    """
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = directory.lstat()
-    except FileExistsError:
-        raise StateError(f"{directory} is not a directory; choose another with --state-dir", os.EX_NOPERM) from None
-    except OSError as error:
-        raise StateError(
-            f"cannot create state directory {directory}: {error.strerror}; choose another with --state-dir",
-            os.EX_CANTCREAT,
-        ) from None
-    if stat.S_ISLNK(found.st_mode):
-        found = directory.stat()
-    if found.st_uid != os.geteuid():
-        raise StateError(
-            f"state directory {directory} belongs to uid {found.st_uid}, not to this user; choose another with"
-            " --state-dir",
-            os.EX_NOPERM,
-        )
-    _require_own_files(directory)
-    if stat.S_IMODE(found.st_mode) & 0o077:
-        _require_own_directory(directory, found.st_mode)
-        directory.chmod(0o700)
-        return f"state directory {directory} was open to others; its mode is now 0700"
-    return None
-
-
-def _require_own_directory(directory: Path, mode: int) -> None:
-    """Refuse a directory that others use, before it is closed to them."""
-    names = {path.name for path in directory.iterdir()} - {"lost+found"}
-    if mode & stat.S_ISVTX:
-        what = f"is shared with others; choose a directory of its own, as in {directory / 'claude-otel-bridge'}"
-    elif names and names.isdisjoint((DATABASE, SERVED)):
-        what = f"holds other files; choose a directory of its own with --state-dir, or chmod 700 {directory}"
-    else:
-        return
-    raise StateError(
-        f"state directory {directory} is open to others (mode {stat.S_IMODE(mode):04o}) and {what}", os.EX_NOPERM
-    )
-
-
-def _require_own_files(directory: Path) -> None:
-    """Refuse files that somebody else has put in our place, or could: our writes would go where he wants."""
-    for parent in directory.resolve().parents:
-        mode = parent.stat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise StateError(
-                f"{parent} may be written by everybody, so that anybody could exchange the state; chmod o-w {parent},"
-                " or choose another --state-dir",
-                os.EX_NOPERM,
-            )
-    for name in (LOCK, DATABASE, f"{DATABASE}-wal", f"{DATABASE}-shm", SERVED):
-        path = directory / name
-        with contextlib.suppress(FileNotFoundError):
-            found = path.lstat()
-            is_link = stat.S_ISLNK(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink != 1)
-            if is_link or found.st_uid != os.geteuid():
-                raise StateError(
-                    f"{path} is a link or belongs to another user; see where it leads, and move it away",
-                    os.EX_NOPERM,
-                )
-
-
-def lock(directory: Path, instance: str = "") -> int:
-    """Take the one lock of a state directory; the descriptor holds it until the process ends.
-
-    The file names the process and, for `doctor`, what this run of the bridge calls itself.
-
-    Raises StateError 75 with the other bridge's process id, 73 when the directory cannot be written.
-    """
-    path = directory / LOCK
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StateError(f"state directory is not writable: {path}: {error.strerror}", os.EX_CANTCREAT) from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        owner = os.read(descriptor, 64).decode(errors="replace").partition("\n")[0].strip() or "unknown"
-        os.close(descriptor)
-        raise StateError(
-            f"state {directory} is in use by another bridge, pid {owner}; stop it or choose another --state-dir",
-            os.EX_TEMPFAIL,
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n{instance}".encode(), 0)
-    return descriptor
-
-
-def holder(directory: Path) -> tuple[str, str]:
-    """The process and the name of the bridge that took the lock last; empty where none did."""
-    try:
-        process, _, instance = (directory / LOCK).read_text().partition("\n")
-    except (OSError, UnicodeDecodeError):
-        return "", ""
-    return process.strip(), instance.strip()
-
-
-# --- copies ----------------------------------------------------------------------------------------------------
-
-
-class Copy(NamedTuple):
-    """A copy of the database: its schema version, the commit that it stands at, and its size in bytes."""
-
-    path: Path
-    version: int
-    commits: int
-    size: int
-
-
-_COPY_NAME = re.compile(r"state-v(\d+)-((\d{8})T\d{9})Z\.db")
-
-
-def back_up(directory: Path, target: Path) -> Copy:
-    """Copy the database of a state directory, as of one transaction, to a new file, synced and read again.
-
-    It only reads, whether a bridge runs there or not; nobody waits for it. Raises StateError: 66 when there is no
-    database, 65 when it is damaged, 73 when the target exists or cannot be made, 74 when the disk fails.
-    """
-    source = directory / DATABASE
-    if not source.exists():
-        raise StateError(f"there is no state in {directory}; name its place with --state-dir", os.EX_NOINPUT)
-    try:
-        # The name is taken first: O_EXCL overwrites nothing and follows no link.
-        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    except FileExistsError:
-        raise StateError(f"{target} exists already; choose another name", os.EX_CANTCREAT) from None
-    except OSError as error:
-        raise StateError(f"cannot create {target}: {error.strerror}", os.EX_CANTCREAT) from None
-    partial: Path | None = None
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(descriptor)
-        partial = Path(name)
-        with contextlib.closing(open_to_read(str(source))) as connection:
-            connection.execute("vacuum into ?", (str(partial.absolute()),))
-        copy = _read_copy(partial)
-        sync(partial)
-        partial.replace(target)
-        sync(target.parent)
-    except BaseException as error:
-        for leftover in (partial, target):
-            if leftover is not None:
-                leftover.unlink(missing_ok=True)
-        if isinstance(error, sqlite3.Error):
-            reason, code = _verdict(error)
-            raise StateError(f"cannot copy {source} to {target}: {error}; {reason}", code) from None
-        if isinstance(error, OSError):
-            raise StateError(f"cannot write {target}: {error.strerror}", os.EX_IOERR) from None
-        raise
-    return copy._replace(path=target)
-
-
-def whole_copies(directory: Path, version: int) -> Iterator[Copy]:
-    """The copies that a program of this schema can go on from, newest first, each read to its last row."""
-    for path in copies(directory):
-        with contextlib.suppress(*DISK_ERRORS, StoreUnavailable):
-            if _copy_name(path)[0] <= version:
-                copy = _read_copy(path)
-                with contextlib.closing(open_to_read(str(path))) as connection:
-                    check_rows(connection)
-                yield copy
-
-
-def _read_copy(path: Path) -> Copy:
-    """What stands in a copy; raises sqlite3.DatabaseError when it is not whole or not ours."""
-    with contextlib.closing(open_to_read(str(path))) as connection:
-        ((finding,),) = connection.execute("pragma quick_check(1)")
-        if finding != "ok":
-            raise sqlite3.DatabaseError(f"database disk image is malformed: {finding}")
-        ((version,),) = connection.execute("pragma user_version")
-        ((commits,),) = connection.execute("select commits from meta")
-    return Copy(path, version, commits, path.stat().st_size)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on disk. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def copies(directory: Path) -> list[Path]:
-    """The copies that a bridge made of its database, newest first."""
-    found = (path for path in directory.glob("state-v*.db") if _COPY_NAME.fullmatch(path.name))
-    return sorted((path for path in found if path.stat().st_size), key=lambda path: _copy_name(path)[1], reverse=True)
-
-
-def _copy_name(path: Path) -> tuple[int, str, str]:
-    """Schema version, time and day, as the name says."""
-    version, time, day = _COPY_NAME.fullmatch(path.name).groups()  # type: ignore[union-attr]  # copies() has matched
-    return int(version), time, day
-
-
-def newest_copy_time(directory: Path) -> int:
-    """When the newest copy was made, Unix ms; 0 where there is none."""
-    newest = next(iter(copies(directory)), None)
-    if newest is None:
-        return 0
-    return int(datetime.strptime(_copy_name(newest)[1] + "000Z", "%Y%m%dT%H%M%S%f%z").timestamp() * 1000)
-
-
-def time_in_names(now: int) -> str:
-    """A time (Unix ms) as file names have it."""
-    return f"{datetime.fromtimestamp(now // 1000, UTC):%Y%m%dT%H%M%S}{now % 1000:03d}"
-
-
-def keep_copy(directory: Path, version: int, now: int) -> Copy:
-    """Copy the database beside itself and remove the copies that this one makes superfluous. Raises StateError."""
-    size = (directory / DATABASE).stat().st_size
-    if shutil.disk_usage(directory).free < 4 * size:
-        raise StateError(f"no room for a copy of {directory / DATABASE}, {size} bytes; free some space", os.EX_IOERR)
-    for found in (*directory.glob(".state-v*"), *directory.glob("state-v*.db")):
-        if found.name.startswith(".") or not found.stat().st_size:  # left by a copy that was cut short
-            found.unlink(missing_ok=True)
-    while (target := directory / f"state-v{version}-{time_in_names(now)}Z.db").exists():
-        now += 1
-    copy = back_up(directory, target)
-    for path in superfluous(copies(directory)):
-        path.unlink(missing_ok=True)
-    return copy
-
-
-def superfluous(newest_first: Iterable[Path]) -> list[Path]:
-    """Which copies need not stay."""
-    kept: Counter[int] = Counter()
-    days: dict[int, set[str]] = {}
-    result = []
-    for path in newest_first:
-        version, _, day = _copy_name(path)
-        of_version = days.setdefault(version, set())
-        is_new_day = day not in of_version and len(of_version) < KEPT_DAYS
-        if kept[version] < KEPT_COPIES or is_new_day:
-            kept[version] += 1
-            of_version.add(day)
-        else:
-            result.append(path)
-    return result
-
-
-def _way_out(directory: Path, version: int) -> str:
-    """What to do when the database cannot be used: the newest copy that this version can read, if there is one."""
-    usable = next((path for path in copies(directory) if _copy_name(path)[0] <= version), None)
-    return f"restore the newest copy, {usable}, as the README says" if usable else "restore a backup"
-
-
-# --- rows ------------------------------------------------------------------------------------------------------
-
-
-class MetricRow(NamedTuple):
-    id: int
-    name: str
-    kind: str
-    unit: str
-    scale: int
-    description: str
-
-
-class SeriesRow(msgspec.Struct, frozen=True, gc=False):
-    """One series. Numbers are in 1/scale of the unit; what is shown is value - base. None: a gauge that has ended.
-
-    One is made for nearly every point, which as a named tuple would take five times as long; so `fixed` keeps the
-    checksum of all that a point leaves as it is.
-    `expires` says whether it leaves when its sender is silent, `born` is the commit in which it appeared or came back
-    and `birth` its time, `time` is the latest point's (gauges take the later one), `seen` the arrival of the last
-    point in Unix milliseconds.
-    """
-
-    id: int
-    metric: int
-    job: str
-    instance: str
-    labels: tuple[tuple[str, str], ...]
-    expires: bool
-    base: Value
-    born: int
-    birth: int
-    value: Value | None
-    time: int
-    seen: int
-    fixed: int = 0
-
-
-class StreamRow(NamedTuple):
-    id: int
-    series: int
-    writer: int
-    labelled: bytes
-
-
-class WriterRow(NamedTuple):
-    id: int
-    latest: int
-    forgotten: int
-
-
-class TargetRow(NamedTuple):
-    job: str
-    instance: str
-    attributes: tuple[tuple[str, str], ...]
-    seen: int
-
-
-class Snapshot(NamedTuple):
-    """All that memory holds of the state, at one commit."""
-
-    commits: int
-    secret: bytes
-    metrics: list[MetricRow]
-    series: list[SeriesRow]
-    totals: dict[str, int]
-    targets: list[TargetRow]
-    scrapers: dict[str, int]
-
-
-_PAIRS = msgspec.json.Decoder(tuple[tuple[str, str], ...])
-_SERIES = (
-    "select series.id, metric, job, instance, labels, expires, base, born, birth, value, time, seen, series.proof,"
-    " series_value.proof from series left join series_value on series_value.id = series.id"
-)
-
-
-def proof(row: tuple[Any, ...]) -> int:
-    """The checksum that stands in a row beside what it proves."""
-    return zlib.crc32(msgspec.msgpack.encode(row))
-
-
-def proved(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A row without its checksum, which stands last. Raises StoreUnavailable when it is not what was written."""
-    if proof(row[:-1]) != row[-1]:
-        raise StoreUnavailable(f"database disk image is malformed: a row was changed: {row[:2]}")
-    return row[:-1]
-
-
-_VALUES = msgspec.msgpack.Decoder(Histogram | ExponentialHistogram | Summary)
-
-
-def _stored(value: Value | None) -> int | float | bytes | str | None:
-    if type(value) is int:
-        return value
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"  # SQLite would make it NULL
-    return msgspec.msgpack.encode(value) if isinstance(value, msgspec.Struct) else value
-
-
-def _value(stored: Any) -> Any:
-    if isinstance(stored, bytes):
-        return _VALUES.decode(stored)
-    return math.nan if stored == "NaN" else stored
-
-
-def _series_row(row: tuple[Any, ...]) -> SeriesRow:
-    """A row of `_SERIES` without its checksums."""
-    series_id, metric, job, instance, labels, expires, base, born, birth, value, time, seen = row
-    pairs = shared(_PAIRS.decode(labels))
-    fixed = (metric, intern(job), intern(instance), pairs, bool(expires), _value(base), born, birth)
-    return SeriesRow(series_id, *fixed, _value(value), time, seen, proof(fixed))
-
-
-def _schema_of(connection: sqlite3.Connection) -> list[tuple[str, str | None]]:
-    return connection.execute("select name, sql from sqlite_schema order by name").fetchall()
-
-
-def check_rows(connection: sqlite3.Connection) -> None:
-    """Read what is served, and compare each row with its checksum. Raises StoreUnavailable."""
-    for row in connection.execute(_SERIES):
-        _proved_series(row)
-    for row in connection.execute("select name, value, proof from total"):
-        proved(row)
-    for row in connection.execute("select model, kind, value, born, birth, proof from served"):
-        proved(row)
-
-
-def _proved_series(row: tuple[Any, ...]) -> SeriesRow:
-    """A row of `_SERIES`. Raises StoreUnavailable when it is not what was written, or has no value."""
-    try:
-        series = _series_row(row[:-2])
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise StoreUnavailable(f"database disk image is malformed: series {row[0]} cannot be read") from None
-    if (series.fixed, _value_proof(series)) != row[-2:]:
-        raise StoreUnavailable(f"database disk image is malformed: a row was changed: series {row[0]}")
-    return series
-
-
-def _fixed(row: SeriesRow) -> tuple[Any, ...]:
-    """What a point leaves as it is."""
-    return row.metric, row.job, row.instance, row.labels, row.expires, row.base, row.born, row.birth
-
-
-def _value_proof(row: SeriesRow) -> int:
-    """The checksum of what a point changes, going on from that of the rest: a value of another series fails it."""
-    return zlib.crc32(msgspec.msgpack.encode((row.value, row.time, row.seen)), row.fixed)
-
-
-def _run(row: tuple[Any, ...]) -> Run:
-    return Run(_value(row[0]), *row[1:])
-
-
 Connect = Callable[[Path], sqlite3.Connection]
 
 
@@ -650,6 +213,10 @@ _PRAGMAS = (
     "trusted_schema = 0",
     "cell_size_check = 1",
 )
+
+
+def _schema_of(connection: sqlite3.Connection) -> list[tuple[str, str | None]]:
+    return connection.execute("select name, sql from sqlite_schema order by name").fetchall()
 
 
 class Store:
@@ -685,9 +252,9 @@ class Store:
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         """SQLite tells of a full disk; quotas, read-only file systems and a want of descriptors it takes for faults."""
-        found = _unavailable(error)
+        found = unavailable(error)
         name = getattr(error, "sqlite_errorname", "")
-        if name.startswith(("SQLITE_IOERR_WRITE", "SQLITE_CANTOPEN")) and (why := _refusal(self.path.parent)):
+        if name.startswith(("SQLITE_IOERR_WRITE", "SQLITE_CANTOPEN")) and (why := refusal(self.path.parent)):
             return StoreUnavailable(f"{found}; {why}", disk_full=True)
         return found
 
@@ -698,7 +265,7 @@ class Store:
         `may_begin` at 0. StateError 65: newer schema or not ours; 74: cannot be read or written."""
         directory = self.path.parent
         has_log = is_open(str(self.path))
-        way_out = _way_out(directory, self.version)
+        way_out = way_back(directory, self.version)
         is_missed = (directory / SERVED).exists() and not may_begin
         if is_missed and not (self.path.exists() and self.path.stat().st_size):
             raise self._is_gone(way_out)
@@ -727,7 +294,7 @@ class Store:
             if version < self.version:
                 self._upgrade(version, now)
         except DISK_ERRORS as error:
-            raise self.unusable(_unavailable(error)) from None
+            raise self.unusable(unavailable(error)) from None
         with contextlib.suppress(OSError):
             for path in directory.glob(f"{DATABASE}*"):
                 path.chmod(0o600)
@@ -751,7 +318,7 @@ class Store:
 
     def unusable(self, error: Exception) -> StateError:
         """What to say of an error that keeps the database from being used."""
-        advice, code = _verdict(error, _way_out(self.path.parent, self.version))
+        advice, code = verdict(error, way_back(self.path.parent, self.version))
         finding = f"cannot open {self.path}: {error}"
         return Damaged(finding, advice) if code == os.EX_DATAERR else StateError(f"{finding}; {advice}", code)
 
@@ -923,12 +490,12 @@ class Store:
                 [MetricRow(*row) for row in self.execute("select * from metric")],
                 [
                     row
-                    for row in map(_proved_series, self.execute(_SERIES))
+                    for row in map(proved_series, self.execute(SERIES))
                     if not row.expires or row.seen >= expired_before
                 ],
                 dict(map(proved, self.execute("select name, value, proof from total"))),
                 [
-                    TargetRow(job, instance, _PAIRS.decode(attributes), seen)
+                    TargetRow(job, instance, PAIRS.decode(attributes), seen)
                     for job, instance, attributes, seen in self.execute("select * from target")
                 ],
                 dict(self.execute("select key, shown from scraper order by rowid").fetchall()),
@@ -951,22 +518,22 @@ class Store:
         self.execute("update stream set series = ?, labelled = ? where id = ?", (series, labelled, stream))
 
     def series(self, key: bytes) -> SeriesRow | None:
-        row = self.execute(f"{_SERIES} where key = ?", (key,)).fetchone()
-        return row and _series_row(row[:-2])
+        row = self.execute(f"{SERIES} where key = ?", (key,)).fetchone()
+        return row and series_row(row[:-2])
 
     def series_by_id(self, series: int) -> SeriesRow:
-        row = self.execute(f"{_SERIES} where series.id = ?", (series,)).fetchone()
-        return _series_row(row[:-2])
+        row = self.execute(f"{SERIES} where series.id = ?", (series,)).fetchone()
+        return series_row(row[:-2])
 
     def add_series(self, key: bytes, row: SeriesRow) -> tuple[SeriesRow, bool]:
         """Insert what stays of a series, with an id of its own; its value is written by `write_series`. The one of
         this key, if there is one already; and whether it is new."""
-        labels, fixed = msgspec.json.encode(row.labels).decode(), proof(_fixed(row))
+        labels, fixed = msgspec.json.encode(row.labels).decode(), proof(fixed_of(row))
         cursor = self.execute(
             "insert into series (key, metric, job, instance, labels, expires, base, born, birth, proof)"
             " values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict do nothing",
             (
-                key, row.metric, row.job, row.instance, labels, int(row.expires), _stored(row.base), row.born,
+                key, row.metric, row.job, row.instance, labels, int(row.expires), stored(row.base), row.born,
                 row.birth, fixed,
             ),
         )  # fmt: skip
@@ -977,16 +544,16 @@ class Store:
 
     def restart_series(self, row: SeriesRow) -> SeriesRow:
         """Update what changes when a series comes back; its value is written by `write_series`."""
-        fixed = proof(_fixed(row))
+        fixed = proof(fixed_of(row))
         sql = "update series set base = ?, born = ?, birth = ?, proof = ? where id = ?"
-        self.execute(sql, (_stored(row.base), row.born, row.birth, fixed, row.id))
+        self.execute(sql, (stored(row.base), row.born, row.birth, fixed, row.id))
         return msgspec.structs.replace(row, fixed=fixed)
 
     def write_series(self, rows: Iterable[SeriesRow]) -> None:
         """Write what points change of series."""
         self.executemany(
             "insert or replace into series_value (id, value, time, seen, proof) values (?, ?, ?, ?, ?)",
-            [(row.id, _stored(row.value), row.time, row.seen, _value_proof(row)) for row in rows],
+            [(row.id, stored(row.value), row.time, row.seen, value_proof(row)) for row in rows],
         )
 
     def metric(self, name: str, kind: str, unit: str) -> MetricRow | None:
@@ -1035,7 +602,7 @@ class Store:
         row = self.execute(
             "select highest, first, last from run where stream = ? and start = ? and inferred = 0", (stream, start)
         ).fetchone()
-        return row and _run(row)
+        return row and run_row(row)
 
     def run_at(self, stream: int, time: int) -> tuple[int, int, Run, bool] | None:
         """For a point whose start was not sent: the run that began last at or before `time`, else the earliest one.
@@ -1047,13 +614,13 @@ class Store:
             " from run where stream = ?1 order by first <= ?2 desc, abs(first - ?2) limit 1",
             (stream, time),
         ).fetchone()
-        return row and (row[0], row[1], _run(row[2:5]), bool(row[5]))
+        return row and (row[0], row[1], run_row(row[2:5]), bool(row[5]))
 
     def write_runs(self, runs: Mapping[tuple[int, int, int], Run]) -> None:
         """Runs by (stream, start, whether the start is inferred)."""
         self.executemany(
             "insert or replace into run (stream, start, inferred, highest, first, last) values (?, ?, ?, ?, ?, ?)",
-            ((*key, _stored(run.highest), run.first, run.last) for key, run in runs.items()),
+            ((*key, stored(run.highest), run.first, run.last) for key, run in runs.items()),
         )
 
     def has_request(self, body_hash: bytes) -> bool:
@@ -1103,34 +670,8 @@ class Store:
         self.executemany("insert into scraper values (?, ?, ?)", ((key, shown, seen) for key, shown in scrapers))
 
 
-def _verdict(error: Exception, way_out: str = "restore a backup") -> tuple[str, int]:
-    """What to do about an error that keeps a database from being used, and the exit code."""
-    if any(text in str(error) for text in ("malformed", "not a database", "no such table", "Could not decode")):
-        return f"{way_out}, or move it away", os.EX_DATAERR
-    return "check the disk and its permissions", os.EX_IOERR
-
-
 def _rowid(cursor: sqlite3.Cursor) -> int:
     return cursor.lastrowid or 0  # every caller has just inserted a row
-
-
-def _refusal(directory: Path) -> str:
-    """Why the file system takes no writes now, although nothing is broken; empty when it does."""
-    try:
-        with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-            file.write(bytes(65_536))
-    except OSError as error:
-        if ran_out(error):
-            return ADVICE
-        return error.strerror or "" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else ""
-    return ""
-
-
-def _unavailable(error: Exception) -> StoreUnavailable:
-    if isinstance(error, UnicodeDecodeError):
-        return StoreUnavailable(f"database disk image is malformed: text that is none: {error.reason}")
-    name = getattr(error, "sqlite_errorname", type(error).__name__)
-    return StoreUnavailable(f"{error} ({name})", disk_full=name == "SQLITE_FULL")
 
 
 # --- a look from outside ---------------------------------------------------------------------------------------
@@ -1164,6 +705,6 @@ def inspect(directory: Path) -> Inspection | None:
             scrapers = connection.execute("select key, seen from scraper order by seen desc").fetchall()
             return Inspection(version, row[0], bool(row[1]), bool(row[2]), tuple(scrapers))
     except sqlite3.Error as error:
-        raise _unavailable(error) from error
+        raise unavailable(error) from error
     except OSError as error:
         raise StoreUnavailable(f"{path}: {error.strerror}") from error

@@ -43,7 +43,7 @@ from bridge.reading import (
     read_old,
     skipped,
 )
-from bridge.store import StoreUnavailable
+from bridge.state import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle, log
 from bridge.tools.tool import Transcripts
 from bridge.tools.transcripts import TRANSCRIPTS

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 from bridge.join import Cell, Worth
 from bridge.model import Place, Source, SpanRank, TranscriptRow
-from bridge.store import Store, proved
+from bridge.rows import proved
+from bridge.store import Store
 
 MAX_INTEGER = 2**63 - 1
 _MAX_PARAMETERS = 500

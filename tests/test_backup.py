@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge.store import DATABASE, LOCK, StateError, back_up
+from bridge.copies import back_up
+from bridge.database import DATABASE, LOCK
+from bridge.state import StateError
 from tests.daemon import PROTOBUF, Daemon
 from tests.recordings import delta_body
 

@@ -43,10 +43,13 @@ import pytest
 
 from bridge import bookkeeper
 from bridge.bookkeeper import LedgerSettings
+from bridge.database import DATABASE
 from bridge.ledger import Ledger
 from bridge.model import Batch, Receipt
 from bridge.otlp import Encoding, decode_metrics
-from bridge.store import DATABASE, Connect, SeriesRow, Store, StoreUnavailable
+from bridge.rows import SeriesRow
+from bridge.state import StoreUnavailable
+from bridge.store import Connect, Store
 
 CASES = Path(__file__).parent / "cases"
 WAYS = ("as written", "killed after every body", "in one commit", "without a cache")

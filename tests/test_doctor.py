@@ -18,10 +18,11 @@ import pytest
 
 from bridge import __version__, doctor, evidence, exporters, filesystem
 from bridge.config import Config, load
+from bridge.database import SCHEMA_VERSION
 from bridge.doctor import Finding, Status
 from bridge.evidence import SHELL, Answer, Directory, Evidence, Layer, Metrics, Transcripts
 from bridge.model import Drop
-from bridge.store import SCHEMA_VERSION, Inspection
+from bridge.store import Inspection
 from bridge.tools.claude_code import environment
 from tests.daemon import Daemon, free_port
 from tests.test_daemon import ONE

@@ -26,7 +26,7 @@ from bridge import bookkeeper
 from bridge.exposition import number_text
 from bridge.model import ExponentialHistogram, Histogram, Summary, Value
 from bridge.otlp import Encoding, decode_metrics
-from bridge.store import SeriesRow
+from bridge.rows import SeriesRow
 from bridge.values import classic, subtract
 from tests import test_cases
 from tests.test_cases import SECOND, WAYS, Body, Rig, Telling, attributes_of, digits, number_of, read_story, rig_in

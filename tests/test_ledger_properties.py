@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from bridge.bookkeeper import LedgerSettings
+from bridge.database import DATABASE
 from bridge.ledger import MAX_GROUP, MAX_PART, Ledger
 from bridge.model import Batch, DataPoint, Drop, Kind, Metric, Receipt, Resource, Scope, Temporality
-from bridge.store import DATABASE, StoreUnavailable
+from bridge.state import StoreUnavailable
 from tests.test_cases import SECOND, Body, Rig, value_of
 from tests.test_store import io_error, watched
 

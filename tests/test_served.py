@@ -22,10 +22,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from bridge.copies import back_up
+from bridge.database import DATABASE
 from bridge.ledger import Ledger
 from bridge.mark import Floors, Mark, MarkUnreadable, Shown, held_up, is_held, read_mark, series_name, write_mark
 from bridge.model import ExponentialHistogram, Histogram, Value
-from bridge.store import DATABASE, SERVED, Damaged, MetricRow, SeriesRow, Store, StoreUnavailable, back_up
+from bridge.rows import MetricRow, SeriesRow
+from bridge.state import SERVED, Damaged, StoreUnavailable
+from bridge.store import Store
 from bridge.values import add, classic, highest
 from tests.daemon import PROTOBUF, Daemon
 from tests.prometheus import Prometheus, run_prometheus, scrape_config, wait_for

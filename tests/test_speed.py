@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from bridge.config import Config, Limits
+from bridge.database import DATABASE
 from bridge.otlp import Encoding, Known, decode_metrics
-from bridge.store import DATABASE
 from tests.bench import naive
 from tests.bench.exports import Session
 from tests.test_cases import Body

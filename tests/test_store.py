@@ -19,19 +19,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import pytest
 
-from bridge.database import Unreadable, read
+from bridge.database import DATABASE, LOCK, SCHEMA_VERSION, Unreadable, read
 from bridge.model import Drop
-from bridge.store import (
-    DATABASE,
-    LOCK,
-    SCHEMA_VERSION,
-    Connect,
-    StateError,
-    Store,
-    StoreUnavailable,
-    lock,
-    prepare_directory,
-)
+from bridge.state import StateError, StoreUnavailable, lock, prepare_directory
+from bridge.store import Connect, Store
 from tests.test_cases import Body, Rig, body_of, read_point, rig_in, unsynced
 
 T = TypeVar("T")

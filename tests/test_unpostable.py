@@ -9,7 +9,8 @@ import pytest
 from bridge.bookkeeper import LedgerSettings
 from bridge.ledger import Ledger, Unpostable
 from bridge.model import Batch, Receipt, Source, TranscriptRow, Usage
-from bridge.store import Store, StoreUnavailable
+from bridge.state import StoreUnavailable
+from bridge.store import Store
 from tests.test_cases import unsynced
 
 ROW = TranscriptRow(0, "/t.jsonl", 1, 1, b"", 0, 0, 0, 0)

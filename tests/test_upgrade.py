@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 
+from bridge.copies import copies, superfluous
 from bridge.daemon import Copies
-from bridge.store import DATABASE, MIGRATIONS, SCHEMA_VERSION, StateError, Store, connect, copies, superfluous
+from bridge.database import DATABASE, MIGRATIONS, SCHEMA_VERSION
+from bridge.state import StateError
+from bridge.store import Store, connect
 from tests.databases import HERE
 from tests.test_cases import Rig, Telling, body_of, lines_of, read_point, read_story, rig_in, unsynced
 from tests.test_store import Around, io_error, no_descriptors, watched

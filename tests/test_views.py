@@ -23,6 +23,7 @@ from prometheus_client.openmetrics import parser as openmetrics_parser
 
 from bridge.config import Config, Labels, Limits
 from bridge.daemon import ledger_settings
+from bridge.database import DATABASE
 from bridge.ledger import MAX_SCRAPERS, Ledger
 from bridge.model import (
     Batch,
@@ -40,7 +41,7 @@ from bridge.model import (
     Value,
 )
 from bridge.otlp import Encoding, decode_metrics
-from bridge.store import DATABASE, Store
+from bridge.store import Store
 from bridge.telemetry import Telemetry, Throttle
 from bridge.web.metrics import Views
 from bridge.web.server import Refused

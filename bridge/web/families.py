@@ -16,7 +16,7 @@ from bridge.ledger import Ledger, Series
 from bridge.mark import held_up
 from bridge.model import Histogram, Kind, Value
 from bridge.naming import Escaping, MetricType, NamingError, Strategy
-from bridge.store import MetricRow
+from bridge.rows import MetricRow
 from bridge.values import add, difference, zeroed
 
 _TYPES = {

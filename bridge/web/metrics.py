@@ -25,7 +25,7 @@ from bridge.exposition import Format, SampleStyle
 from bridge.join import KINDS
 from bridge.ledger import Ledger
 from bridge.naming import Escaping, Strategy
-from bridge.store import StoreUnavailable
+from bridge.state import StoreUnavailable
 from bridge.telemetry import Telemetry
 from bridge.tools.claude_code import XRG_PROFILE, environment
 from bridge.usage_store import ModelRow

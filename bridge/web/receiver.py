@@ -22,7 +22,7 @@ from bridge.config import Config
 from bridge.ledger import Ledger, Unpostable
 from bridge.model import DROP_TEXT, Batch, Drop, Event, Receipt, Refusal
 from bridge.otlp import Encoding, Signal
-from bridge.store import StoreUnavailable
+from bridge.state import StoreUnavailable
 from bridge.telemetry import Telemetry, Throttle
 from bridge.tools import known
 from bridge.web.access import Turns

@@ -16,8 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from bridge.database import DATABASE
 from bridge.reports import KINDS
-from bridge.store import DATABASE, Store
+from bridge.store import Store
 from bridge.usage_store import REQUESTS, RollupKey, UsageStore
 
 COMMANDS = (

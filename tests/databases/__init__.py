@@ -8,7 +8,7 @@ as it is.
 import shutil
 from pathlib import Path
 
-from bridge.store import DATABASE, SCHEMA_VERSION
+from bridge.database import DATABASE, SCHEMA_VERSION
 from tests.test_cases import Telling, lines_of, read_story, rig_in
 
 HERE = Path(__file__).parent

@@ -179,7 +179,7 @@ EXHIBITS: dict[str, Exhibit] = {
     ),
     "believes_changed_rows": Exhibit(
         "a value that a flipped bit has changed is not shown",
-        (Edit(STORE, "    if proof(row[:-1]) != row[-1]:\n", "    if False:\n"),),
+        (Edit("bridge/rows.py", "    if proof(row[:-1]) != row[-1]:\n", "    if False:\n"),),
         ("tests/test_served.py::test_a_changed_value_is_damage",),
     ),
     "another_database_s_log": Exhibit(

@@ -14,10 +14,13 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from bridge.copies import back_up
+from bridge.database import DATABASE, SCHEMA_VERSION
 from bridge.ledger import Ledger
 from bridge.mark import checksum, read_mark
 from bridge.recovery import recover
-from bridge.store import DATABASE, SCHEMA_VERSION, Damaged, StateError, Store, back_up
+from bridge.state import Damaged, StateError
+from bridge.store import Store
 from tests.rigs.progress import Progress
 from tests.test_cases import Body, body_of
 from tests.test_served import MarkedRig

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bridge.store import DATABASE
+from bridge.database import DATABASE
 from tests.daemon import PROTOBUF, Daemon
 from tests.rigs.progress import Progress
 from tests.rigs.traffic import (

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from bridge.bookkeeper import Bookkeeper, LedgerSettings, Post
+from bridge.database import DATABASE
 from bridge.ledger import refuse_damaged
 from bridge.model import DataPoint, Drop, Receipt
-from bridge.store import DATABASE, Store, StoreUnavailable
+from bridge.state import StoreUnavailable
+from bridge.store import Store
 from bridge.tools import known
 from bridge.usage import UsageBooks, no_price
 from tests.rigs.progress import Progress

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bridge.store import DATABASE
+from bridge.database import DATABASE
 from tests.daemon import Daemon
 from tests.rigs.progress import Progress
 from tests.rigs.test_kill import Campaign

@@ -21,7 +21,9 @@ from random import Random
 from typing import NamedTuple
 
 from bridge import store
-from bridge.store import StateError, StoreUnavailable, connect, keep_copy
+from bridge.copies import keep_copy
+from bridge.state import StateError, StoreUnavailable
+from bridge.store import connect
 from tests.rigs.disk import Disk, recorded
 from tests.rigs.progress import Progress
 from tests.test_cases import Body, body_of
