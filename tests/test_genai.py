@@ -128,6 +128,13 @@ def test_tools_that_are_known_are_not_counted_again(service: str) -> None:
     assert known.usage_cell(metric, {"gen_ai.token.type": "input"}) is None
 
 
+def test_spans_of_claude_code_are_not_counted_again_under_a_name_of_the_users() -> None:
+    """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES rename the client; its spans have gen_ai.usage since 2.1.332."""
+    told = span(1, resource=Resource((("service.name", "my-team"),)), **usage(1, 2))
+    assert known.read_spans([struct_replace(told, name="claude_code.llm_request")]) == ([], [])
+    assert len(known.read_spans([told])[0]) == 1
+
+
 # --- traces --------------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ _METRICS = {"claude_code": claude_code, "codex": codex, **dict.fromkeys(gemini.T
 _EVENTS = {name: module for module in (claude_code, codex, gemini, genai) for name in module.EVENT_KEYS}
 _SERVICES = {"claude-code": claude_code.TOOL, "codex": codex.TOOL, **gemini.SERVICES}
 """By what a service.name begins with."""
+_OWN_SPANS = "claude_code."
+"""What the names of spans begin with that repeat what a known tool's events say."""
 
 
 def tool_of_service(service: str) -> str:
@@ -86,7 +88,9 @@ def read_spans(spans: Iterable[Event]) -> tuple[list[Usage], list[Refusal]]:
     usages: list[Usage] = []
     refused: list[Refusal] = []
     for span in spans:
-        usage = None if _is_repeated(span.resource.get("service.name")) else genai.read_span(span)
+        # Claude Code's service.name is the user's to choose, the names of its spans are not.
+        is_repeat = span.name.startswith(_OWN_SPANS) or _is_repeated(span.resource.get("service.name"))
+        usage = None if is_repeat else genai.read_span(span)
         if isinstance(usage, Drop):
             refused.append(Refusal(usage, "gen_ai.usage"))
         elif usage is not None:
