@@ -313,6 +313,32 @@ def beyond(cell: Cell, *, reports_cost: bool = True) -> Worth:
     return add_worth(worth(whole, reports_cost=reports_cost), told, -1)
 
 
+def told_twice(cells: Mapping[int, Cell], *, with_history: bool = False) -> dict[int, Worth]:
+    """What the metrics of a session's models repeat that its requests tell under other names; by model of the metrics.
+
+    Metrics name the model that was asked, requests the one that answered, which behind a gateway is another. So what
+    metrics tell beyond the requests of their models may be what is told of models that only requests know: it is more
+    only as far as it exceeds that. `with_history` is for the reports, which have both.
+    """
+    tokens, cost = NO_TOKENS, 0
+    for cell in cells.values():
+        if not has_metrics(cell):
+            tokens, cost = _add(tokens, cell.requests, 1), cost + cell.requests_cost
+            if with_history:
+                tokens, cost = _add(tokens, cell.covered, 1), cost + cell.covered_cost
+    found: dict[int, Worth] = {}
+    for model in sorted(cells) if any(tokens) else ():
+        cell = cells[model]
+        more = beyond(cell if with_history else cell._replace(covered=NO_TOKENS, covered_cost=0, covered_unpriced=0))
+        if any(more.tokens):
+            repeated = _least(more.tokens, tokens)
+            repeated_cost = max(0, min(more.cost, cost))
+            rest = sum(more.tokens) - sum(repeated)
+            found[model] = Worth(repeated, repeated_cost, max(0, more.unpriced - rest))
+            tokens, cost = _add(tokens, repeated, -1), cost - repeated_cost
+    return found
+
+
 def settle(entries: Iterable[tuple[int, Worth]], changes: Mapping[int, Worth]) -> dict[int, Worth]:
     """Where changes of what metrics add to a cell are booked, by time; `entries` are what is booked, the latest first.
 
@@ -367,6 +393,10 @@ def add_cells(a: Cell, b: Cell, sign: int = 1) -> Cell:
 def add_worth(a: Worth, b: Worth, sign: int = 1) -> Worth:
     """a + sign * b."""
     return Worth(_add(a.tokens, b.tokens, sign), a.cost + sign * b.cost, a.unpriced + sign * b.unpriced)
+
+
+def _least(a: Tokens, b: Tokens) -> Tokens:
+    return min(a[0], b[0]), min(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])
 
 
 def _add(a: Tokens, b: Tokens, sign: int) -> Tokens:

@@ -6,7 +6,7 @@ from there to the model's truth, and a served counter is the larger of what it w
 happens in the transaction of whoever calls; after a failed one, `load` reads everything again.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -28,10 +28,12 @@ from bridge.join import (
     has_metrics_alone,
     request_cell,
     settle,
+    told_twice,
     worth,
 )
 from bridge.model import CostSource, Source, TranscriptRow, Usage, UsageCell
 from bridge.otlp import redacted_text
+from bridge.pricing import provider_of
 from bridge.store import Store
 from bridge.usage_store import (
     HISTORY,
@@ -63,6 +65,9 @@ MANY_ALIKE = 32
 MAX_KEPT = 50_000
 RECENT_MS = 600_000
 """History that is this new may still be told of by an event that was on its way at the first look."""
+
+OWN_PROVIDER = "anthropic"
+"""Who makes the models of the tools whose metrics tell of cost."""
 
 ESTIMATED_TOKENS = 1_000
 """Tokens that a metric's are priced by: a sum of many requests must not look like a long one."""
@@ -138,6 +143,7 @@ class UsageBooks:
         self._recent: dict[bytes, None] = {}
         self._models: dict[tuple[str, str], ModelRow] = {}
         self._tools: dict[int, str] = {}
+        self._foreign: set[int] = set()
         self._tool_names: set[str] = set()
         self._truths: dict[int, TruthRow] = {}
         self._served: dict[tuple[int, str], ServedRow] = {}
@@ -167,6 +173,7 @@ class UsageBooks:
         self._truths = self._store.truths()
         self._served = {(row.model, row.kind): row for row in self._store.served()}
         self._tools = {row.id: row.tool for row in self._models.values()}
+        self._foreign = {row.id for row in self._models.values() if self._is_foreign(row)}
         self._tool_names = set(self._tools.values()).union(self._followed or (), self._reporting)
         self._newest_history = self._store.newest_history()
         unpriced = {model: self._total(model).unpriced for model in self._truths}
@@ -502,6 +509,8 @@ class UsageBooks:
             own = add_worth(truth.own, add_worth(after, before, -1))
             self._truths[model] = TruthRow(own, truth.requests, truth.pool)
             self._note_beyond(session, model, add_worth(told_after, told_before, -1), time_ms)
+            if self._foreign and session.tool in self._reporting:
+                self._note_names(session, model, old, time_ms)
         else:
             self._set_pool(session.tool, model, add_cells(truth.pool, delta), time_ms)
 
@@ -519,6 +528,38 @@ class UsageBooks:
             quarter = _quarter(time_ms)
             quarters[quarter] = add_worth(quarters.get(quarter, Worth()), change)
 
+    def _note_names(self, session: SessionRow, model: int, old: Cell, time_ms: int) -> None:
+        """Take out what a session's sources tell of under two names, since one of its cells is no longer `old`."""
+        cells = self._cells_of(session)
+        before = {**cells, model: old}
+        for asked, change in self._told_twice(before, cells, with_history=False):
+            truth = self._truth(asked)
+            self._truths[asked] = truth._replace(own=add_worth(truth.own, change, -1))
+        for asked, change in self._told_twice(before, cells, with_history=True):
+            self._note_beyond(session, asked, add_worth(Worth(), change, -1), time_ms)
+
+    def _told_twice(
+        self, before: Mapping[int, Cell], after: Mapping[int, Cell], *, with_history: bool
+    ) -> Iterator[tuple[int, Worth]]:
+        """How that has changed, by model. Where all models are of the tool's maker, each is what it is called."""
+        old, new = (
+            told_twice(cells, with_history=with_history)
+            if any(model in self._foreign and cell != Cell() for model, cell in cells.items())
+            else {}
+            for cells in (before, after)
+        )
+        for model in old.keys() | new.keys():
+            yield model, add_worth(new.get(model, Worth()), old.get(model, Worth()), -1)
+
+    def _cells_of(self, session: SessionRow) -> dict[int, Cell]:
+        """All cells of a session, by model."""
+        cells = self._store.cells(session.id)
+        for model in self._tools:
+            cell = self._cells.get((session.id, model))
+            if cell is not None:
+                cells[model] = cell
+        return cells
+
     def _note_sources(self, session: SessionRow, delta: Cell, time_ms: int) -> SessionRow:
         """A session with metrics of its own leaves the pool of those without; all its cells move."""
         has_metrics = session.has_metrics or (
@@ -528,10 +569,7 @@ class UsageBooks:
         if (has_metrics, has_requests) == (session.has_metrics, session.has_requests):
             return session
         if has_metrics and not session.has_metrics:
-            cells = self._store.cells(session.id)
-            changed = (key for key in self._dirty_cells if key[0] == session.id)
-            cells.update({key[1]: self._cells[key] for key in changed})
-            for model, cell in cells.items():
+            for model, cell in self._cells_of(session).items():
                 truth = self._truth(model)
                 self._truths[model] = truth._replace(own=add_worth(truth.own, self._worth(session.tool, cell)))
                 self._set_pool(session.tool, model, add_cells(truth.pool, cell, -1), time_ms)
@@ -672,7 +710,13 @@ class UsageBooks:
                 return self._named_model(tool, OTHER)
             row = self._models[tool, name] = self._store.add_model(tool, name)
             self._tools[row.id] = tool
+            if self._is_foreign(row):
+                self._foreign.add(row.id)
         return row.id
+
+    def _is_foreign(self, row: ModelRow) -> bool:
+        """Whether a model is another maker's than the tool, whose metrics name the model that was asked."""
+        return row.tool in self._reporting and provider_of(row.name) != OWN_PROVIDER
 
     def _label(self, text: str) -> int | None:
         if not text:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from bridge.join import (
     KINDS,
@@ -533,6 +534,60 @@ def test_any_subset_of_sources_in_any_order_adds_up_to_the_same(
         assert all(state == states[0] for state in states), seed
 
 
+# --- models that answer for others -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sources", [subset for subset in SUBSETS if "metrics" in subset and len(subset) > 1])
+def test_what_a_gateway_answers_by_another_model_counts_once(tmp_path: Path, sources: tuple[str, ...]) -> None:
+    """Metrics name the model that was asked, events and transcripts the one that answered: `glm-4.6` for some."""
+    answering = {"claude-opus-4-6": "glm-4.6", "claude-haiku-4-5": "claude-haiku-4-5"}
+    for seed in range(8):
+        requests = story(seed)
+        views = [
+            replace(one, model=answering[one.model]) if isinstance(one, Usage) else one
+            for one in told(requests, sources, seed)
+        ]
+        asked = expected(requests)
+        states = []
+        for order in range(3):
+            choose = random.Random(order)
+            books = Books(tmp_path / f"{seed}-{order}")
+            with closing(books.store):
+                for group in groups(choose.sample(views, len(views)), choose):
+                    books.tell(group)
+                    if choose.random() < 0.2:
+                        books.restart()
+                answered = {model: total[:5] for model, total in books.truth.items() if any(total[:5])}
+                assert answered == {answering[model]: total for model, total in asked.items()}, seed
+                assert {model: total for model, total in books.rollups.items() if any(total)} == {
+                    model: total for model, total in books.truth.items() if any(total)
+                }
+                states.append(books.state[1:])
+        assert all(state == states[0] for state in states), seed
+
+
+def test_what_metrics_tell_beyond_what_another_model_answered_counts_as_well(tmp_path: Path) -> None:
+    """Auxiliary calls, which no transcript has."""
+    request = Request(1, "s", "glm-4.6", (5, 50, 0, 0), HOUR, False, True)
+    books = Books(tmp_path / "books")
+    with closing(books.store):
+        books.tell([usage(request, Source.TRANSCRIPT)])
+        books.tell([Metric("s", "claude-opus-4-6", kind, amount, HOUR, 1) for kind, amount in (("output", 70),)])
+        books.tell([Metric("s", "claude-opus-4-6", "usd", 1000, HOUR, 1)])
+        assert books.truth == {"glm-4.6": (5, 50, 0, 0, 765, 1), "claude-opus-4-6": (0, 20, 0, 0, 235, 0)}
+
+
+def test_two_models_of_the_tools_own_maker_are_two(tmp_path: Path) -> None:
+    request = Request(1, "s", "claude-opus-5", (5, 50, 0, 0), HOUR, False, True)
+    books = Books(tmp_path / "books")
+    with closing(books.store):
+        books.tell([usage(request, Source.TRANSCRIPT), Metric("s", "claude-haiku-4-5", "output", 70, HOUR, 1)])
+        assert {model: total[1] for model, total in books.truth.items()} == {
+            "claude-opus-5": 50,
+            "claude-haiku-4-5": 70,
+        }
+
+
 # --- history beside metrics ------------------------------------------------------------------------------------
 
 
@@ -575,7 +630,10 @@ def random_tellings(choose: random.Random) -> Iterator[Usage | tuple[UsageCell, 
     """What two tools tell of anything in any order, as if no source had anything to do with another."""
     for number in range(60):
         tool = choose.choice((TOOL, PROMPTED))
-        session, model = choose.choice(("s0", "s1", "")), choose.choice(("claude-opus-4-6", "claude-haiku-4-5"))
+        session, model = (
+            choose.choice(("s0", "s1", "")),
+            choose.choice(("claude-opus-4-6", "claude-haiku-4-5", "glm-4.6")),
+        )
         time_ms = HOUR * choose.randrange(1, 30) + number
         if choose.random() < 0.5:
             kinds = (*KINDS, "usd") if tool == TOOL else (*KINDS[:2], "prompt", "cached", "written")
