@@ -229,7 +229,7 @@ class Usage(Struct, frozen=True, gc=False, array_like=True):
     `message` (8 bytes, or empty) names the response among copies of it; `order` (Unix ms) says which of several
     copies is the original: the least; of copies with another `revision` the greatest stands. `cost` is in nano-dollars,
     None where the source does not tell it. `names` are further names of the request, remembered like its key; `twins`
-    are what others may have named it by.
+    are what others may have named it by. `part_of` is the request whose cost, as the tool tells it, holds this one's.
     """
 
     tool: str
@@ -259,6 +259,7 @@ class Usage(Struct, frozen=True, gc=False, array_like=True):
     place: Place | None = None
     names: tuple[bytes, ...] = ()
     twins: tuple[bytes, ...] = ()
+    part_of: str = ""
 
     @property
     def standing(self) -> tuple[int, int, bool, int]:

@@ -268,10 +268,12 @@ class UsageBooks:
         if known is None:
             if self._store.is_forgotten(candidate.key) or candidate.request in self._recent:
                 return False
+            candidate = self._without_parts(usage, candidate)
             added = self._store.add(candidate._replace(is_counted=0))
             if usage.place is not None:
                 self._store.note_place(added, usage.place)
             self._judge(added, None)
+            self._take_from_whole(usage, added.cost or 0)
             return True
         # An event is told of once, but for the span that knows more than the event in it.
         is_repeat = usage.source is Source.EVENT and candidate.revision == known.revision
@@ -282,7 +284,25 @@ class UsageBooks:
         if usage.place is not None:
             self._store.note_place(changed, usage.place)
         self._judge(changed, known)
+        self._take_from_whole(usage, (changed.cost or 0) - (known.cost or 0))
         return True
+
+    def _without_parts(self, usage: Usage, row: UsageRow) -> UsageRow:
+        """An event's row without the cost of requests that are told of beside it."""
+        if usage.source != Source.EVENT or row.cost is None or row.request is None or usage.tool not in self._reporting:
+            return row
+        parts = self._store.by_request(_part_key(usage.request_id))
+        return row._replace(cost=max(0, row.cost - sum(part.cost or 0 for part in parts))) if parts else row
+
+    def _take_from_whole(self, usage: Usage, cost: int) -> None:
+        """Take the cost of a part out of that of the request which an event has told of."""
+        if not usage.part_of or not cost:
+            return
+        for row in self._store.by_request(_request_key(usage.part_of)):
+            if row.source == Source.EVENT and row.cost is not None:
+                changed = row._replace(cost=max(0, row.cost - cost))
+                self._store.write([changed])
+                self._judge(changed, row)
 
     def load_history(self, usages: Sequence[Usage], now: int) -> None:
         """Requests of before the first look, in bulk: stored for the reports, never served."""
@@ -366,6 +386,8 @@ class UsageBooks:
         if label and session.project is None and not is_history and not self._hides_sessions:
             self._write_session(session._replace(project=label))
         request = _request_key(usage.request_id) if usage.request_id else None
+        if usage.part_of:
+            request = _part_key(usage.part_of)
         key = usage.message + usage.key[:8] if usage.message else usage.key
         # Flags and the source as plain integers: SQLite's module looks for an adapter of any other type.
         return (
@@ -729,6 +751,10 @@ class UsageBooks:
 
 def _request_key(request_id: str) -> bytes:
     return blake2b(request_id.encode(), digest_size=8).digest()
+
+
+def _part_key(request_id: str) -> bytes:
+    return _request_key(f"{request_id}\0part")
 
 
 def _reported(amounts: Mapping[str, int]) -> Cell:

@@ -183,6 +183,7 @@ def test_advisors_keep_their_place_and_have_no_request_id() -> None:
     main, first, second = result
     assert len({main.key, first.key, second.key}) == 3
     assert (first.request_id, first.message, first.session) == ("", main.message, main.session)
+    assert (main.part_of, first.part_of) == ("", "r")
     assert (first.model, first.input, first.cache_write_5m, first.is_sidechain) == ("claude-opus-5", 5, 3, True)
 
 

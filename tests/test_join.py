@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import reduce
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -532,6 +532,33 @@ def test_any_subset_of_sources_in_any_order_adds_up_to_the_same(
                         if kind != "usd" or len(sources) == 1
                     )
         assert all(state == states[0] for state in states), seed
+
+
+# --- advisors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_the_cost_of_an_advisor_is_in_the_event_of_the_request_and_counts_once(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    """The event has the tokens of the request alone and the cost of all; only the transcript knows the advisors."""
+    request = Request(1, "s", "claude-opus-4-6", (5, 50, 0, 0), HOUR, True, True)
+    line = usage(request, Source.TRANSCRIPT)
+    advisors = [
+        replace(line, key=bytes([at]) * 16, model="claude-opus-5", input=at, request_id="", part_of="req_1")
+        for at in (70, 80)
+    ]
+    cost = [sum(price(one) for one in advisors), price(line) + 1]
+    event = replace(usage(request, Source.EVENT), cost=sum(cost))
+    books = Books(tmp_path / "books")
+    with closing(books.store):
+        for at in order:
+            books.tell([(line, event, *advisors)[at]])
+        assert books.truth == {
+            "claude-opus-4-6": (5, 50, 0, 0, cost[1], 1),
+            "claude-opus-5": (150, 100, 0, 0, cost[0], 2),
+        }
+        assert books.rollups == books.truth
 
 
 # --- models that answer for others -----------------------------------------------------------------------------

@@ -205,7 +205,8 @@ def _usages(record: _Record, order: int) -> tuple[Usage, ...] | Drop:
 
 
 def _with_advisors(main: Usage, iterations: bytes) -> tuple[Usage, ...] | Drop:
-    """The request and its calls of another model, which are not in its own counts and have no request id."""
+    """The request and its calls of another model, which are not in its own counts and have no request id. An event has
+    the tokens of the request alone and the cost of all."""
     try:
         steps = _ITERATIONS.decode(iterations)
     except (ValueError, RecursionError):
@@ -223,6 +224,7 @@ def _with_advisors(main: Usage, iterations: bytes) -> tuple[Usage, ...] | Drop:
             model=step.model or "",
             **dict(zip(_TOKEN_FIELDS, tokens, strict=True)),
             request_id="",
+            part_of=main.request_id,
             web_searches=0,
             speed="",
             cost=None,
