@@ -1,7 +1,7 @@
 """Recorded requests of the real Claude Code client, what they add up to, and what a bridge shows of it.
 
-`recordings/` holds the bodies as sent by clients 2.1.329 (`v329-`), 2.1.197, 2.0.77 and 1.0.128 to servers that
-answered 200, or refused some of them and got them again. `index.json` lists the requests of each run in order of
+`recordings/` holds the bodies as sent by clients 2.1.332 (`v332-`), 2.1.329, 2.1.197, 2.0.77 and 1.0.128 to servers
+that answered 200, or refused some of them and got them again. `index.json` lists the requests of each run in order of
 arrival; `expected.json` has the tokens and the cost that the client itself knew of. The truth for the other metrics
 is computed here from the bodies, with nothing of the bridge: every distinct delta point once, of every cumulative
 run the highest value, in exact fractions.
@@ -156,6 +156,9 @@ def _sums(requests: Iterable[Request], *keys: str) -> dict[tuple[str, ...], Frac
     return sums
 
 
+ASKED = {"glm-4.6": "claude-opus-5"}
+"""Models that answered for others, whose names the metrics have: `v332-gateway`."""
+
 KINDS = {
     "input": "input_tokens",
     "output": "output_tokens",
@@ -192,7 +195,7 @@ def joined_totals(requests: Iterable[Request]) -> Totals:
             metrics[session, model][kind or "cost"] = value
     events: dict[tuple[str, str], dict[str, Fraction]] = defaultdict(lambda: defaultdict(Fraction))
     for event in api_requests(requests).values():
-        told = events[event["session.id"], event["model"]]
+        told = events[event["session.id"], ASKED.get(event["model"], event["model"])]
         told["cost"] += Fraction(event["cost_usd"])
         for kind, attribute in KINDS.items():
             told[kind] += int(event[attribute])

@@ -19,7 +19,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from bridge import pricing
 from bridge.model import Source, Usage
 from bridge.pricing import Prices, load, normalise_model, provider_of
-from tests.recordings import EXPECTED, RUNS
+from tests.recordings import ASKED, EXPECTED, RUNS
 
 TABLE = json.loads((Path(pricing.__file__).parent / "prices.json").read_text(), parse_float=Decimal)
 VERSION = TABLE["source"].split()[1].rstrip(",")
@@ -353,7 +353,7 @@ def test_recorded_requests_cost_what_the_client_says() -> None:
         for event in requests_in_events(run):
             written, for_1h = int(event["cache_creation_tokens"]), int(event.get("cache_creation_1h_tokens", 0))
             used = usage(
-                event["model"],
+                ASKED.get(event["model"], event["model"]),
                 input=int(event["input_tokens"]),
                 output=int(event["output_tokens"]),
                 cache_read=int(event["cache_read_tokens"]),

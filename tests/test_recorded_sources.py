@@ -211,8 +211,19 @@ def test_transcripts_that_were_there_first_are_history_beside_live_ones(make_dae
 
 
 def test_the_recordings_are_what_is_said_of_them() -> None:
-    """Ten runs, small; half of them have a transcript that lacks nothing."""
+    """Twelve runs, small; half of them have a transcript that lacks nothing."""
     size = sum(path.stat().st_size for path in Path(FILES).rglob("*.jsonl"))
     assert size < 700_000
-    assert len(IN_TRANSCRIPTS) == 10
-    assert sum(is_complete(run, ("transcripts",)) for run in IN_TRANSCRIPTS) == 6
+    assert len(IN_TRANSCRIPTS) == 12
+    assert sum(is_complete(run, ("transcripts",)) for run in IN_TRANSCRIPTS) == 7
+
+
+def test_spans_are_no_requests_beside_events_and_metrics(daemon: Daemon) -> None:
+    """Also where the user has named the client otherwise: `my-team`."""
+    for piece in pieces("v332-traces", ("/v1/metrics", "/v1/logs", "/v1/traces")):
+        piece.send(daemon)
+    joined = {
+        sample.partition('tool="')[2].partition('"')[0] for sample in daemon.samples("/metrics") if "ai_" in sample
+    }
+    assert joined - {""} == {"claude_code"}
+    assert tokens(daemon) == truth(("/v1/metrics", "/v1/logs"), ["v332-traces"])

@@ -1,7 +1,7 @@
 """What Claude Code's telemetry means: its metrics, their exact units, and the samples that XRG reads.
 
-Source: https://code.claude.com/docs/en/monitoring-usage and recorded exports of clients 1.0.128 to 2.1.329,
-checked 2026-11-21. All eight metrics are monotonic sums whose values are sent as doubles.
+Source: https://code.claude.com/docs/en/monitoring-usage and recorded exports of clients 1.0.128 to 2.1.332,
+checked 2026-11-29. All eight metrics are monotonic sums whose values are sent as doubles.
 """
 
 from collections.abc import Iterator, Mapping
