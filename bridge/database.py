@@ -84,6 +84,12 @@ def _ask(path: str, mode: str, ask: Callable[[sqlite3.Connection], T]) -> T:
     try:
         connection.execute("begin")
         ((version,),) = connection.execute("pragma user_version")
+        if version == 0:
+            raise Unreadable(
+                f"{path} is empty, or no database of this program; run claude-otel-bridge first, or name the place of"
+                " its state with --state-dir",
+                os.EX_NOINPUT,
+            )
         if version != SCHEMA_VERSION:
             age = "an older" if version < SCHEMA_VERSION else "a newer"
             raise Unreadable(

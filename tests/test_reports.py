@@ -625,6 +625,14 @@ def test_without_a_state_it_says_where_it_looked(tmp_path: Path, capsys: pytest.
     assert f"there is no state in {tmp_path / 'none'}" in capsys.readouterr().err
 
 
+def test_a_database_that_nobody_has_begun_is_of_no_older_version(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "state.db").touch()
+    assert _main(["--state-dir", str(tmp_path), "report"]) == 66
+    assert f"{tmp_path}/state.db is empty, or no database of this program" in capsys.readouterr().err
+
+
 def test_a_state_that_may_not_be_read_is_no_broken_disk(capsys: pytest.CaptureFixture[str]) -> None:
     with TemporaryDirectory() as name:
         Path(name).chmod(0o755)
