@@ -157,6 +157,7 @@ class UsageBooks:
         self._matchings: dict[tuple[int, ...], Matching] = {}
         self._cells: dict[tuple[int, int], Cell] = {}
         self._values_of: dict[tuple[int, int], tuple[Cell, tuple[Worth, Worth]]] = {}
+        self._mixed: dict[int, bool] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -531,7 +532,7 @@ class UsageBooks:
             own = add_worth(truth.own, add_worth(after, before, -1))
             self._truths[model] = TruthRow(own, truth.requests, truth.pool)
             self._note_beyond(session, model, add_worth(told_after, told_before, -1), time_ms)
-            if self._foreign and session.tool in self._reporting:
+            if self._foreign and session.tool in self._reporting and self._is_mixed(session, model):
                 self._note_names(session, model, old, time_ms)
         else:
             self._set_pool(session.tool, model, add_cells(truth.pool, delta), time_ms)
@@ -549,6 +550,14 @@ class UsageBooks:
             quarters = self._beyond.setdefault((session.id, model), {})
             quarter = _quarter(time_ms)
             quarters[quarter] = add_worth(quarters.get(quarter, Worth()), change)
+
+    def _is_mixed(self, session: SessionRow, model: int) -> bool:
+        """Whether a session, of which a cell has changed, has had models of another maker; asked of the store once."""
+        if model in self._foreign:
+            self._mixed[session.id] = True
+        elif session.id not in self._mixed:
+            self._mixed[session.id] = not self._foreign.isdisjoint(self._cells_of(session))
+        return self._mixed[session.id]
 
     def _note_names(self, session: SessionRow, model: int, old: Cell, time_ms: int) -> None:
         """Take out what a session's sources tell of under two names, since one of its cells is no longer `old`."""
