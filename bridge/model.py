@@ -32,8 +32,7 @@ def attribute_text(value: AttributeValue) -> str:
 
 def text_in(attributes: Mapping[str, AttributeValue], key: str) -> str:
     """The value of one of some attributes as a label value; empty where there is none."""
-    value = attributes.get(key, "")
-    return value if isinstance(value, str) else value.text
+    return attribute_text(attributes.get(key, ""))
 
 
 Labels = tuple[tuple[str, str], ...]
