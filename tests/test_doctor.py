@@ -24,6 +24,7 @@ from bridge.evidence import SHELL, Answer, Directory, Evidence, Layer, Metrics, 
 from bridge.model import Drop
 from bridge.store import Inspection
 from bridge.tools.claude_code import environment
+from bridge.tools.transcripts import TRANSCRIPTS
 from tests.daemon import Daemon, free_port
 from tests.test_daemon import ONE
 from tests.xrg_reader import XRG
@@ -411,6 +412,9 @@ def test_other_tools_are_named_with_what_they_do_not_tell(tmp_path: Path) -> Non
     texts = [next(doctor.check_others(others, metrics, time.time(), led)).what for metrics, led in cases]
     assert texts[0].startswith(f"Codex: 1 under {tmp_path}/sessions, the newest")
     assert ["setup codex" in text for text in texts] == [True, False, False]
+    for tool in TRANSCRIPTS.keys() - {"claude_code"}:
+        (finding,) = doctor.check_others(((tool, others[0][1]),), {}, NOW, frozenset())
+        assert finding.status is OK
 
 
 def test_none_came_yet_is_no_fault_of_settings_that_lead_here() -> None:
