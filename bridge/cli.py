@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bridge import __version__
@@ -52,6 +52,10 @@ class _RawFormatter(_Formatter, argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"formatter_class": _Formatter, **options})
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        with suppress(AttributeError, OSError):  # nobody reads it, or it is closed; older Pythons raise that
+            super()._print_message(message, file)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
